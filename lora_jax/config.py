@@ -1,0 +1,164 @@
+"""``LoraConfig``: PEFT's field names and the rules that resolve them for one module."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from .errors import ConfigError, raise_all
+
+ALL_LINEAR = "all-linear"
+
+# PEFT finds the output head through the model class; a pytree has only names.
+OUTPUT_HEADS = ("lm_head", "embed_out", "score", "classifier")
+
+T = TypeVar("T", int, int | float)
+
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """How to adapt a model; every field has PEFT's name, meaning and default.
+
+    Module names are parameter paths without the leaf (see ``lora_jax.paths.module_of``).
+
+    Args:
+        r: rank of A and B, at least 1.
+        lora_alpha: numerator of the scale.
+        target_modules: names that match exactly or as a ``.suffix``; or one regular
+            expression for the whole module name; or ``"all-linear"``: every matmul weight
+            except the output head.
+        exclude_modules: names or one regular expression, taken out of the targets.
+        lora_dropout: probability of dropping an input of the low-rank path, in [0, 1).
+        use_rslora: scale by ``alpha / sqrt(r)`` instead of ``alpha / r`` (arXiv 2312.03732).
+        init_lora_weights: a name in ``lora_jax.initializers.INITIALIZERS``; ``True`` is PEFT's
+            default (B = 0), ``False`` draws both at random.
+        rank_pattern: r by module-name pattern; the first hit wins over ``r``.
+        alpha_pattern: alpha by module-name pattern; the first hit wins over ``lora_alpha``.
+        modules_to_save: names of modules trained in full and saved beside the adapters.
+        bias: which biases are trained in full: ``"none"``, ``"all"``, or ``"lora_only"`` (those
+            of adapted modules).
+
+    Raises:
+        ConfigError: lists every field that is out of range.
+
+    Source: PEFT 0.21.2 ``LoraConfig``; LoRA, arXiv 2106.09685.
+
+    >>> config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
+    >>> config.target_modules
+    ('query', 'value')
+    """
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        raise_all(ConfigError, "these LoraConfig fields are out of range", _problems(self))
+
+
+def scale(config: LoraConfig, r: int, alpha: int | float) -> float:
+    """Return ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+
+    >>> scale(LoraConfig(use_rslora=True), r=16, alpha=8)
+    2.0
+    """
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def rank_and_alpha(config: LoraConfig, module: str) -> tuple[int, int | float]:
+    """Return r and alpha of one module, after ``rank_pattern`` and ``alpha_pattern``."""
+    return (
+        _first_hit(config.rank_pattern, module, config.r),
+        _first_hit(config.alpha_pattern, module, config.lora_alpha),
+    )
+
+
+def hits(pattern: str, module: str) -> bool:
+    """Tell whether a key of ``rank_pattern`` or ``alpha_pattern`` means this module."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def matches(names: str | Sequence[str] | None, module: str) -> bool:
+    r"""Tell whether PEFT would take this module: a regex for all of it, or names by suffix.
+
+    >>> matches(["query"], "layer.0.query"), matches(["query"], "layer.0.subquery")
+    (True, False)
+    >>> matches(r".*\.(0|1)\..*", "layer.1.query")
+    True
+    """
+    if names is None:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(_ends_with(module, name) for name in names)
+
+
+def is_output_head(module: str) -> bool:
+    """Tell whether ``all-linear`` leaves this module out, by the names output heads have."""
+    return any(_ends_with(module, name) for name in OUTPUT_HEADS)
+
+
+def is_saved(config: LoraConfig, module: str) -> bool:
+    """Tell whether the module, or one it lies in, is trained in full."""
+    parts = module.split(".")
+    owners = (".".join(parts[: n + 1]) for n in range(len(parts)))
+    return any(matches(config.modules_to_save, owner) for owner in owners)
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _first_hit(patterns: Mapping[str, T], module: str, default: T) -> T:
+    return next((value for key, value in patterns.items() if hits(key, module)), default)
+
+
+def _problems(config: LoraConfig) -> list[str]:
+    ranks = {"r": config.r} | {f"rank_pattern[{k!r}]": v for k, v in config.rank_pattern.items()}
+    alphas = {"lora_alpha": config.lora_alpha} | {
+        f"alpha_pattern[{k!r}]": v for k, v in config.alpha_pattern.items()
+    }
+    found = [
+        f"{name}: got {r!r}, wanted an integer of at least 1"
+        for name, r in ranks.items()
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1
+    ]
+    found += [
+        f"{name}: got {alpha!r}, wanted a finite number"
+        for name, alpha in alphas.items()
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha)
+    ]
+    if not 0 <= config.lora_dropout < 1:
+        found.append(f"lora_dropout: got {config.lora_dropout!r}, wanted 0 <= p < 1")
+    if config.bias not in BIASES:
+        found.append(f"bias: got {config.bias!r}, wanted one of {', '.join(BIASES)}")
+    if isinstance(config.modules_to_save, str):
+        found.append(f"modules_to_save: got {config.modules_to_save!r}, wanted a list of names")
+    patterns = [*config.rank_pattern, *config.alpha_pattern]
+    patterns += [n for n in (config.target_modules, config.exclude_modules) if isinstance(n, str)]
+    return found + [problem for pattern in patterns if (problem := _regex_problem(pattern))]
+
+
+def _regex_problem(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"{pattern!r}: not a regular expression ({error})"
+    return None

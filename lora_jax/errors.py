@@ -1,0 +1,53 @@
+"""The errors that users of ``lora_jax`` see; each message says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LoraError(ValueError):
+    """Base class of every error that ``lora_jax`` raises on purpose."""
+
+
+class ConfigError(LoraError):
+    """A ``LoraConfig`` whose fields are out of range or contradict each other."""
+
+
+class PlanError(LoraError):
+    """A target that matches nothing, or a use of a weight that has no rule."""
+
+
+class AdapterError(LoraError):
+    """Adapters, or an adapter file, that do not fit the model or cannot be read."""
+
+
+class AssetError(LoraError):
+    """A model or data file that is missing, unreachable or not what it should be."""
+
+
+class DataError(LoraError):
+    """Training or prediction data that cannot be used as it is."""
+
+
+class TrainingError(LoraError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+class OutputError(LoraError):
+    """An output path that cannot be written or already holds something."""
+
+
+def raise_all(error: type[LoraError], heading: str, problems: Iterable[str]) -> None:
+    """Raise one ``error`` that lists every problem; do nothing when there is none.
+
+    >>> raise_all(LoraError, "bad fields", [])
+    >>> raise_all(LoraError, "bad fields", ["r: got 0", "bias: got 'x'"])
+    Traceback (most recent call last):
+        ...
+    lora_jax.errors.LoraError: bad fields:
+      r: got 0
+      bias: got 'x'
+    """
+    problems = list(problems)
+    if problems:
+        raise error(f"{heading}:\n  " + "\n  ".join(problems))

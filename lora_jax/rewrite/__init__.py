@@ -1,0 +1,12 @@
+"""The rewriter: trace a function, plan its adapters, run its jaxpr with them.
+
+One rule for each primitive, in ``structure``, ``products`` and ``calls``.
+"""
+
+from . import calls, products, structure  # noqa: F401  (importing registers the rules)
+from .plan import LeafPlan, Plan, plan
+from .registry import RULES, Unsupported, rule
+from .transform import lora
+from .weight import LoraWeight
+
+__all__ = ["RULES", "LeafPlan", "LoraWeight", "Plan", "Unsupported", "lora", "plan", "rule"]

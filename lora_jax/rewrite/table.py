@@ -1,0 +1,51 @@
+"""The plan as a plain-text table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import LeafPlan, Plan
+
+_HEADINGS = ("path", "shape", "decision", "r", "scale", "A", "B", "sites")
+
+
+def render(plan: Plan) -> str:
+    """Return one line for each parameter, then the totals."""
+    rows = [_HEADINGS, *map(_row, plan.leaves)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, "", totals(plan)])
+
+
+def totals(plan: Plan) -> str:
+    """Return the trainable and base counts, the share, and the adapters' size in float32.
+
+    The share is PEFT's: trained values over base values plus those that LoRA adds.
+    """
+    added = sum(leaf.trained for leaf in plan.adapted)
+    share = 100 * plan.trainable / max(plan.base + added, 1)
+    return (
+        f"trainable {plan.trainable:,} of {plan.base + added:,} ({share:.4f} %), "
+        f"base {plan.base:,}, adapters {4 * plan.trainable:,} bytes in float32"
+    )
+
+
+def _row(leaf: LeafPlan) -> tuple[str, ...]:
+    why = f"{leaf.why}, author's derivative forms dW" if leaf.dense_gradient else leaf.why
+    if not leaf.adapted:
+        return (leaf.path, str(leaf.shape), why, "", "", "", "", str(leaf.sites))
+    return (
+        leaf.path,
+        f"{leaf.shape} {leaf.axes}",
+        why,
+        str(leaf.r),
+        f"{leaf.scale:g}",
+        str(leaf.a_shape),
+        str(leaf.b_shape),
+        str(leaf.sites),
+    )
