@@ -4,6 +4,7 @@ from .adapter import Adapter, Adapters, Full
 from .config import LoraConfig
 from .errors import LoraError
 from .merging import merge
+from .peft import load_config, load_pretrained, save_pretrained
 from .rewrite import Plan, lora, plan
 
 __version__ = "0.1.0"
@@ -15,7 +16,10 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "Plan",
+    "load_config",
+    "load_pretrained",
     "lora",
     "merge",
     "plan",
+    "save_pretrained",
 ]

@@ -64,12 +64,14 @@ class Adapter:
         b: B, shape ``(*stacked, r, *out)``.
         scale: ``alpha / r`` or what the configuration makes of them.
         axes: one letter for each axis of the weight, see the legend of this module.
+        dropout: probability of dropping an input of the low-rank path, where a key is given.
     """
 
     a: Float[Array, "*stacked_in r"]
     b: Float[Array, "*stacked_r_out"]
     scale: int | float = field(metadata=dict(static=True))
     axes: str = field(default="io", metadata=dict(static=True))
+    dropout: int | float = field(default=0.0, metadata=dict(static=True))
 
 
 @_pytree

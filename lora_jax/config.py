@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from .errors import ConfigError, raise_all
 
@@ -57,13 +57,13 @@ class LoraConfig:
     lora_alpha: int | float = 8
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: int | float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):

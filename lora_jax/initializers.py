@@ -8,11 +8,15 @@ so its bound is ``1/sqrt(r)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
+
+from .adapter import IN, OUT, STACKED, a_shape, b_shape, pick
 
 Pair = tuple[Float[Array, "stacked in_ r"], Float[Array, "stacked r out"]]
 Initializer = Callable[[Key[Array, ""], int, int, int, int], Pair]
@@ -25,17 +29,19 @@ def kaiming_uniform(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out:
     >>> a.shape, bool(abs(a).max() <= 0.1), bool((b == 0).all())
     ((1, 100, 4), True, True)
     """
-    return _uniform(key, (stacked, fan_in, r), fan_in), jnp.zeros((stacked, r, out))
+    return _uniform(key, (stacked, fan_in, r), fan_in), jnp.zeros((stacked, r, out), jnp.float32)
 
 
 def kaiming_uniform_rank(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
     """Return ``A ~ U(±1/sqrt(r))`` and ``B = 0``: the reference layer's ``(in, r)`` convention."""
-    return _uniform(key, (stacked, fan_in, r), r), jnp.zeros((stacked, r, out))
+    return _uniform(key, (stacked, fan_in, r), r), jnp.zeros((stacked, r, out), jnp.float32)
 
 
 def gaussian(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
     """Return ``A ~ N(0, 1/r²)`` and ``B = 0``: PEFT's ``"gaussian"``."""
-    return jax.random.normal(key, (stacked, fan_in, r)) / r, jnp.zeros((stacked, r, out))
+    return jax.random.normal(key, (stacked, fan_in, r), jnp.float32) / r, jnp.zeros(
+        (stacked, r, out), jnp.float32
+    )
 
 
 def both_random(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
@@ -49,16 +55,11 @@ def orthogonal(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int)
 
     The rows of one random orthogonal matrix are dealt out in turn, so that the column space
     of B's left factor is orthogonal to the row space of A's right factor.
-
-    Raises:
-        ValueError: r is odd.
     """
-    if r % 2:
-        raise ValueError(f"init_lora_weights='orthogonal' wants an even r, got {r}")
     for_q, for_a, for_b = jax.random.split(key, 3)
-    q = jnp.linalg.qr(jax.random.normal(for_q, (stacked, r, r)))[0]
-    left = jax.random.normal(for_a, (stacked, fan_in, r // 2))
-    right = jax.random.normal(for_b, (stacked, r // 2, out))
+    q = jnp.linalg.qr(jax.random.normal(for_q, (stacked, r, r), jnp.float32))[0]
+    left = jax.random.normal(for_a, (stacked, fan_in, r // 2), jnp.float32)
+    right = jax.random.normal(for_b, (stacked, r // 2, out), jnp.float32)
     return left @ q[:, 0::2] / 10, q[:, 1::2].swapaxes(1, 2) @ right / 10
 
 
@@ -72,6 +73,54 @@ INITIALIZERS: dict[bool | str, Initializer] = {
 }
 
 
+def draw(
+    key: Key[Array, ""],
+    init: bool | str,
+    shape: Sequence[int],
+    axes: str,
+    r: int,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "*stacked_in r"], Float[Array, "*stacked_r_out"]]:
+    """Return fresh A and B for a weight; they are drawn in float32 and cast.
+
+    Args:
+        key: the random key.
+        init: a name in ``INITIALIZERS``.
+        shape: of the weight.
+        axes: one letter for each axis of the weight, see ``lora_jax.adapter``.
+        r: the rank.
+        dtype: of A and B.
+
+    >>> a, b = draw(jax.random.key(0), True, (3, 4, 5), "sio", r=2)
+    >>> a.shape, b.shape, bool((b == 0).all())
+    ((3, 4, 2), (3, 2, 5), True)
+    """
+    shape = tuple(shape)
+    stacked, fan_in, out = (math.prod(pick(shape, axes, letter)) for letter in (STACKED, IN, OUT))
+    a, b = INITIALIZERS[init](key, stacked, fan_in, r, out)
+    a, b = a.reshape(a_shape(shape, axes, r)), b.reshape(b_shape(shape, axes, r))
+    return a.astype(dtype), b.astype(dtype)
+
+
+def init_problems(init: bool | str, r: int) -> list[str]:
+    """Return what is wrong with an ``init_lora_weights`` for this rank.
+
+    >>> init_problems("orthogonal", 3)
+    ["r: got 3, init_lora_weights='orthogonal' wants an even one"]
+    """
+    if init not in INITIALIZERS:
+        wanted = ", ".join(map(repr, INITIALIZERS))
+        return [f"init_lora_weights: got {init!r}, wanted one of {wanted}"]
+    if init == "orthogonal" and r % 2:
+        return [f"r: got {r}, init_lora_weights='orthogonal' wants an even one"]
+    return []
+
+
+def fold_in_path(key: Key[Array, ""], path: str) -> Key[Array, ""]:
+    """Return the key of one parameter, which no other parameter's presence changes."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
 def _uniform(key: Key[Array, ""], shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
     bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound)

@@ -8,11 +8,13 @@ output's dtype. So an fp32 adapter beside a bf16 base behaves as PEFT's does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, random
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, Key
 
 from .adapter import IN, OUT, STACKED, Adapter, pick
 
@@ -56,7 +58,7 @@ def dot(
     down, up = (adapter.b, adapter.a) if transposed else (adapter.a, adapter.b)
     at_down, at_up = positions(adapter.axes, summed), positions(adapter.axes, kept)
 
-    dtype = jnp.promote_types(x.dtype, adapter.a.dtype)
+    dtype = wider(x.dtype, adapter.a.dtype)
     exact = accumulation_dtype(dtype)
 
     def product(lhs: Array, rhs: Array, lhs_axes: tuple[Axes, Axes], rhs_axes: tuple[Axes, Axes]):
@@ -86,9 +88,26 @@ def dot(
     )
 
 
+def drop(
+    x: Inexact[Array, "..."], adapter: Adapter, key: Key[Array, ""]
+) -> tuple[Inexact[Array, "..."], Adapter]:
+    """Zero elements of x with probability ``adapter.dropout``, and make the scale up for it.
+
+    ``1 / (1 - p)`` goes into the scale, where a bf16 x does not round it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((8, 2)), jnp.ones((2, 5)), scale=1.0, dropout=0.5)
+    >>> x, scaled = drop(jnp.ones((4, 8)), adapter, jax.random.key(0))
+    >>> scaled.scale, bool(((x == 0) | (x == 1)).all())
+    (2.0, True)
+    """
+    keep = random.bernoulli(key, 1 - adapter.dropout, x.shape)
+    return jnp.where(keep, x, 0), replace(adapter, scale=adapter.scale / (1 - adapter.dropout))
+
+
 def add(y: Inexact[Array, "*out"], addend: Inexact[Array, "*out"]) -> Inexact[Array, "*out"]:
     """Return ``y + addend``, summed in the wider dtype and rounded once to y's."""
-    wide = jnp.promote_types(y.dtype, addend.dtype)
+    wide = wider(y.dtype, addend.dtype)
     return (y.astype(wide) + addend.astype(wide)).astype(y.dtype)
 
 
@@ -124,13 +143,23 @@ def dora_norm(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*
     gradient (arXiv 2402.09353, section 4.3).
     """
     change = delta(adapter)
-    whole = add(weight.astype(jnp.promote_types(weight.dtype, change.dtype)), change)
+    whole = add(weight.astype(wider(weight.dtype, change.dtype)), change)
     return jnp.sqrt(jnp.sum(whole * whole, axis=_axes_with(adapter.axes, IN)))
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype that sums are formed in: float32, or a wider one if given that."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return wider(dtype, jnp.float32)
+
+
+def wider(one: DTypeLike, two: DTypeLike) -> jnp.dtype:
+    """Return the dtype that holds both, where JAX's strict promotion would name none.
+
+    >>> wider("bfloat16", "float32")
+    dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, two)
 
 
 def positions(axes: str, letter: str) -> dict[int, int]:

@@ -47,25 +47,30 @@ def scan(call: Call, *operands: Any) -> list[Any]:
     if any(isinstance(value, LoraWeight) for value in init):
         raise Unsupported("the weight is carried from step to step")
 
-    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    key = call.record.dropout_key
+    keys = None if key is None else jax.random.split(key, call.params["length"])
+
+    def body(carry: list[Any], step: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+        slices, step_key = step
         steps = [
             weights.step(x, *part) if isinstance(x, LoraWeight) else part
             for x, part in zip(xs, slices, strict=True)
         ]
-        outs = call.interpret(call.jaxpr, *consts, *carry, *steps)
+        outs = call.interpret(call.jaxpr, *consts, *carry, *steps, dropout_key=step_key)
         if any(isinstance(out, LoraWeight) for out in outs):
             raise Unsupported("the loop returns the weight")
         return outs[:num_carry], outs[num_carry:]
 
-    parts = [(x.base, x.a, x.b) if isinstance(x, LoraWeight) else x for x in xs]
+    parts = [weights.split(x) if isinstance(x, LoraWeight) else x for x in xs]
     options = {name: call.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(body, init, parts, **options)
+    carry, ys = lax.scan(body, init, (parts, keys), **options)
     return [*carry, *ys]
 
 
 @rule("custom_jvp_call")
 def custom_jvp(call: Call, *operands: Any) -> list[Any]:
     """Keep the author's tangent rule: it sees ``W + s·A·B`` and its tangent ``s·(dA·B + A·dB)``."""
+    _refuse_dropout(call, operands)
 
     @jax.custom_jvp
     def function(*operands: Any) -> list[Any]:
@@ -90,6 +95,7 @@ def custom_jvp(call: Call, *operands: Any) -> list[Any]:
 @rule("custom_vjp_call", "custom_vjp_call_jaxpr")
 def custom_vjp(call: Call, *operands: Any) -> list[Any]:
     """Keep the author's cotangent rule: its ``dW`` gives ``dA = s·dW·Bᵀ`` and ``dB = s·Aᵀ·dW``."""
+    _refuse_dropout(call, operands)
 
     @jax.custom_vjp
     def function(*operands: Any) -> list[Any]:
@@ -124,6 +130,12 @@ def custom_vjp(call: Call, *operands: Any) -> list[Any]:
 
     function.defvjp(forward, backward)
     return function(*operands)
+
+
+def _refuse_dropout(call: Call, operands: tuple[Any, ...]) -> None:
+    dropping = any(isinstance(value, LoraWeight) and value.leaf.dropout for value in operands)
+    if dropping and call.record.dropout_key is not None:
+        raise Unsupported("the author's derivative knows nothing of lora_dropout")
 
 
 def _in_places(call: Call, operands: tuple[Any, ...], smooth: list[int]) -> Any:

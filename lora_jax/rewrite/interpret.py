@@ -7,13 +7,14 @@ rule each. What the rules meet is recorded: where a weight is used, and where it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 from jax.extend import core
 
 from ..errors import PlanError, raise_all
+from ..initializers import fold_in_path
 from .registry import RULES, Unsupported
 from .weight import LoraWeight, use
 
@@ -41,11 +42,13 @@ class Record:
     """What one interpretation met, by the parameter's path and by the equation's identity.
 
     A loop body may be traced more than once; the identity keeps its sites from counting twice.
+    ``dropout_key`` is the random key of this interpretation, None for no dropout.
     """
 
     sites: dict[str, dict[int, Site]] = field(default_factory=dict)
     rejected: dict[str, dict[int, str]] = field(default_factory=dict)
     keep_alive: list[Any] = field(default_factory=list)
+    dropout_key: Any = None
 
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""
@@ -88,10 +91,26 @@ class Call:
         self.record.sites.setdefault(weight.leaf.path, {})[id(self.eqn)] = site
         self.record.keep_alive.append(self.eqn)
 
-    def interpret(self, closed: core.ClosedJaxpr, *operands: Any, **kwargs: Any) -> list[Any]:
-        """Run an inner jaxpr with the same record."""
-        dense = kwargs.get("dense_gradient", self.dense_gradient)
-        return interpret(self.record, closed, operands, dense_gradient=dense)
+    def dropout_key(self, weight: LoraWeight) -> Any:
+        """Return the random key of this site, None where nothing is dropped."""
+        key = self.record.dropout_key
+        if key is None or not weight.leaf.dropout:
+            return None
+        number = list(self.record.sites[weight.leaf.path]).index(id(self.eqn))
+        return jax.random.fold_in(fold_in_path(key, weight.leaf.path), number)
+
+    def interpret(
+        self,
+        closed: core.ClosedJaxpr,
+        *operands: Any,
+        dense_gradient: bool = False,
+        dropout_key: Any = None,
+    ) -> list[Any]:
+        """Run an inner jaxpr with the same record, a loop's step with a key of its own."""
+        key = self.record.dropout_key if dropout_key is None else dropout_key
+        dense_gradient |= self.dense_gradient
+        record = replace(self.record, dropout_key=key)
+        return interpret(record, closed, operands, dense_gradient=dense_gradient)
 
     def plain(self, *operands: Any) -> Any:
         """Run the equation as its author wrote it, on arrays."""

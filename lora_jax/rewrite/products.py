@@ -14,7 +14,11 @@ from .weight import LoraWeight, adapter_at
 def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     """``x·W + s·(x·A)·B``, the axes read from ``dimension_numbers``, W on either side."""
     if isinstance(lhs, LoraWeight) and isinstance(rhs, LoraWeight):
-        raise Unsupported("two adapted weights are multiplied with each other")
+        if not lhs.planning:
+            raise Unsupported("two adapted weights are multiplied with each other")
+        # While planning every matrix is followed, and either may be the data of the other.
+        dot_general(call, lhs, rhs.base)
+        return dot_general(call, lhs.base, rhs)
     weight_first = isinstance(lhs, LoraWeight)
     weight, x = (lhs, rhs) if weight_first else (rhs, lhs)
     contract, batch = call.params["dimension_numbers"]
@@ -24,9 +28,13 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     y = call.plain(base_of(lhs), base_of(rhs))
     if weight.planning:
         return y
+    adapter = adapter_at(weight, contract[1], batch[1])
+    key = call.dropout_key(weight)
+    if key is not None:
+        x, adapter = lowrank.drop(x, adapter, key)
     addend = lowrank.dot(
         x,
-        adapter_at(weight, contract[1], batch[1]),
+        adapter,
         contract,
         batch,
         weight_first=weight_first,

@@ -20,6 +20,9 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     in ``fn`` it stands. Adapters are an argument: differentiate with respect to them alone,
     exchange them without recompiling. Wrap the result in ``jax.jit``.
 
+    ``fn'(..., dropout_key=key)`` drops inputs of the low-rank paths at each adapter's rate, with
+    a key for each site and each step of a scan; without a key nothing is dropped.
+
     Args:
         fn: any JAX function whose first argument is a pytree of parameters.
 
@@ -39,7 +42,9 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(fn)
-    def adapted(params: Any, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
+    def adapted(
+        params: Any, adapters: Adapters, *args: Any, dropout_key: Any = None, **kwargs: Any
+    ) -> Any:
         check_fit(params, adapters)
         traced = trace(fn, params, args, kwargs)
         operands = list(traced.operands)
@@ -49,7 +54,7 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
                     operands[place] = value
                 case Adapter() as adapter:
                     operands[place] = enter(path, operands[place], adapter)
-        record = Record()
+        record = Record(dropout_key=dropout_key)
         outs = interpret(record, traced.closed, operands)
         reject_outputs(record, outs)
         record.raise_rejected()

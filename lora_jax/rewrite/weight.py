@@ -32,12 +32,14 @@ class Leaf:
         ndim: how many axes it has there.
         letters: the adapter's ``axes``; None while planning, when they are being found out.
         scale: the adapter's scale.
+        dropout: the adapter's dropout rate.
     """
 
     path: str
     ndim: int
     letters: str | None = None
     scale: float | int = 1.0
+    dropout: float | int = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +80,7 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
     origin = tuple(frozenset({axis}) for axis in range(base.ndim))
     if adapter is None:
         return LoraWeight(base, None, None, origin, frozenset(), Leaf(path, base.ndim))
-    leaf = Leaf(path, base.ndim, adapter.axes, adapter.scale)
+    leaf = Leaf(path, base.ndim, adapter.axes, adapter.scale, adapter.dropout)
     return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), leaf)
 
 
@@ -129,15 +131,20 @@ def cast(weight: LoraWeight, dtype: Any) -> LoraWeight:
     return replace(weight, base=weight.base.astype(dtype))
 
 
-def step(weight: LoraWeight, base: Any, a: Any, b: Any) -> LoraWeight:
-    """Return what one step of a scan over the leading axis sees of the weight.
+def split(weight: LoraWeight) -> tuple[Any, Any, Any]:
+    """Return base, A and B for a scan over the weight's leading axis.
 
     Raises:
         Unsupported: that axis is not stacked in the adapter.
     """
-    labels = weight.origin[0]
-    if not weight.planning and weight.letters[0] not in (STACKED, UNIT):
+    if not weight.planning and weight.letters[0] != STACKED:
         raise Unsupported("the scan runs over an axis that its adapter does not stack")
+    return weight.base, weight.a, weight.b
+
+
+def step(weight: LoraWeight, base: Any, a: Any, b: Any) -> LoraWeight:
+    """Return what one step of a scan over the leading axis sees of the weight."""
+    labels = weight.origin[0]
     return replace(
         weight, base=base, a=a, b=b, origin=weight.origin[1:], looped=weight.looped | labels
     )
@@ -185,7 +192,7 @@ def adapter_at(weight: LoraWeight, contracted: Sequence[int], batch: Sequence[in
 
     letters = "".join(letter(axis) for axis in range(len(weight.origin)))
     whole = _with_factors(weight, letters)
-    return Adapter(whole.a, whole.b, weight.leaf.scale, letters)
+    return Adapter(whole.a, whole.b, weight.leaf.scale, letters, weight.leaf.dropout)
 
 
 def change(weight: LoraWeight, a: Any, b: Any) -> Any:

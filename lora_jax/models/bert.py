@@ -1,0 +1,283 @@
+"""BERT with a classification head, its parameter paths being transformers' own names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ..errors import AssetError, ConfigError, DataError, raise_all
+
+TokenIds = Int[Array | np.ndarray, "b t"]
+TokenTypes = Int[Array | np.ndarray, "#b #t"]
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_new": partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": nn.tanh,
+}
+"""The values of ``hidden_act`` that are supported; transformers' ``gelu`` is the exact one."""
+
+_SUPPORTED = {
+    "model_type": ("bert",),
+    "hidden_act": tuple(ACTIVATIONS),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The fields of transformers' ``config.json`` that decide what BERT computes.
+
+    Raises:
+        ConfigError: a field has the wrong type or is out of range; all are listed.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        raise_all(ConfigError, "this BERT configuration cannot be used", _problems(vars(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BertConfig:
+        """Read transformers' fields, ignoring those that do not change the forward pass.
+
+        Raises:
+            ConfigError: fields that are missing, badly typed or ask for what is not supported.
+        """
+        missing = [
+            f"{field.name}: missing"
+            for field in fields(cls)
+            if field.default is MISSING and field.name not in values
+        ]
+        problems = missing + _problems(values)
+        raise_all(ConfigError, "this BERT configuration cannot be used", problems)
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> BertConfig:
+        """Read a ``config.json``.
+
+        Raises:
+            AssetError: the file is missing, unreadable or not a JSON object.
+            ConfigError: as in ``from_dict``, naming the file.
+        """
+        try:
+            return cls.from_dict(read_json(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+class BertLayer(nn.Module):
+    """One transformer block: self-attention and a two-layer MLP, each with a post-norm."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, "b 1 1 t"]) -> Array:
+        """Return the block's output (b, t, d); ``bias`` is added to the attention scores."""
+        c, dense, norm = self.config, _dense(self.config), _layer_norm(self.config)
+        query, key, value = (
+            _split_heads(dense(c.hidden_size, name=f"attention.self.{name}")(x), c)
+            for name in ("query", "key", "value")
+        )
+        mixed = _merge_heads(_attend(query, key, value, bias))
+        mixed = dense(c.hidden_size, name="attention.output.dense")(mixed)
+        x = norm(name="attention.output.LayerNorm")(mixed + x)
+        wide = dense(c.intermediate_size, name="intermediate.dense")(x)
+        narrow = dense(c.hidden_size, name="output.dense")(ACTIVATIONS[c.hidden_act](wide))
+        return norm(name="output.LayerNorm")(narrow + x)
+
+
+class BertEmbeddings(nn.Module):
+    """The sum of word, type and position embeddings, normalised."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, input_ids: TokenIds, token_type_ids: TokenTypes) -> Float[Array, "b t d"]:
+        """Embed the ids; ``token_type_ids`` may be (1, 1) to give one type to every token."""
+        c = self.config
+        embed = partial(
+            nn.Embed,
+            features=c.hidden_size,
+            embedding_init=nn.initializers.normal(c.initializer_range),
+        )
+        positions = jnp.arange(input_ids.shape[1])
+        x = embed(c.vocab_size, name="word_embeddings")(input_ids)
+        x = x + embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
+        x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
+        return _layer_norm(c)(name="LayerNorm")(x)
+
+
+class BertEncoder(nn.Module):
+    """The stack of layers."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, "b 1 1 t"]) -> Array:
+        """Return the last layer's output (b, t, d)."""
+        for i in range(self.config.num_hidden_layers):
+            x = BertLayer(self.config, name=f"layer.{i}")(x, bias)
+        return x
+
+
+class BertModel(nn.Module):
+    """BERT's encoder and pooler (Devlin et al., 2019, https://arxiv.org/abs/1810.04805).
+
+    Joining a parameter's path with dots gives its name in transformers' state dict, but for
+    the leaf: ``kernel`` (transposed), ``scale`` and ``embedding`` are torch's ``weight``.
+    The model is deterministic: it has no dropout.
+    """
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        token_type_ids: TokenTypes | None = None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+        """Return the last hidden states and ``tanh(pooler(first token))``.
+
+        Args:
+            input_ids: token ids (b, t).
+            attention_mask: 1 for tokens, 0 for padding, which no token attends to.
+            token_type_ids: sentence numbers; 0 for every token when not given.
+
+        Raises:
+            DataError: there are more tokens than position embeddings.
+        """
+        c = self.config
+        if input_ids.shape[1] > c.max_position_embeddings:
+            raise DataError(
+                f"input_ids: got {input_ids.shape[1]} tokens in a row, wanted at most "
+                f"{c.max_position_embeddings}, the model's position embeddings; truncate the texts"
+            )
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros((1, 1), jnp.int32)
+        x = BertEmbeddings(c, name="embeddings")(input_ids, token_type_ids)
+        x = BertEncoder(c, name="encoder")(x, _attention_bias(attention_mask, x.dtype))
+        return x, nn.tanh(_dense(c)(c.hidden_size, name="pooler.dense")(x[:, 0]))
+
+
+class BertForSequenceClassification(nn.Module):
+    """BERT with a linear classifier on the pooled first token; deterministic, no dropout."""
+
+    config: BertConfig
+    num_labels: int
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        token_type_ids: TokenTypes | None = None,
+    ) -> Float[Array, "b labels"]:
+        """Return ``classifier(pooled)``; the arguments are those of ``BertModel``."""
+        _, pooled = BertModel(self.config, name="bert")(input_ids, attention_mask, token_type_ids)
+        return _dense(self.config)(self.num_labels, name="classifier")(pooled)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        AssetError: it is missing, unreadable, not UTF-8, not JSON or not an object.
+    """
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AssetError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(values, dict):
+        raise AssetError(f"{path}: got a JSON {type(values).__name__}, wanted an object")
+    return values
+
+
+def _dense(config: BertConfig) -> partial[nn.Dense]:
+    return partial(nn.Dense, kernel_init=nn.initializers.normal(config.initializer_range))
+
+
+def _layer_norm(config: BertConfig) -> partial[nn.LayerNorm]:
+    # E[x²] − E[x]² cancels for activations far from zero; torch computes E[(x − E[x])²]
+    return partial(nn.LayerNorm, epsilon=config.layer_norm_eps, use_fast_variance=False)
+
+
+def _attention_bias(mask: TokenIds, dtype: Any) -> Float[Array, "b 1 1 t"]:
+    return jnp.where(mask[:, None, None, :] > 0, jnp.zeros((), dtype), jnp.finfo(dtype).min)
+
+
+def _split_heads(x: Float[Array, "b t d"], config: BertConfig) -> Float[Array, "b h t e"]:
+    b, t, d = x.shape
+    heads = config.num_attention_heads
+    return x.reshape(b, t, heads, d // heads).swapaxes(1, 2)
+
+
+def _merge_heads(x: Float[Array, "b h t e"]) -> Float[Array, "b t d"]:
+    b, h, t, e = x.shape
+    return x.swapaxes(1, 2).reshape(b, t, h * e)
+
+
+def _attend(
+    query: Float[Array, "b h q e"],
+    key: Float[Array, "b h k e"],
+    value: Float[Array, "b h k e"],
+    bias: Float[Array, "b 1 1 k"],
+) -> Float[Array, "b h q e"]:
+    """``softmax(Q·Kᵀ/√e + bias)·V``, heads ahead of tokens, which XLA runs fastest on CPU."""
+    scores = jnp.einsum("bhqe,bhke->bhqk", query, key) / math.sqrt(query.shape[-1])
+    return jnp.einsum("bhqk,bhke->bhqe", jax.nn.softmax(scores + bias), value)
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for field in fields(BertConfig):
+        if field.name not in values:
+            continue
+        value, kind = values[field.name], field.type
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind == "int" and not (number and isinstance(value, int) and value >= 0):
+            problems.append(f"{field.name}: got {value!r}, wanted a whole number")
+        elif kind == "int" and value == 0 and field.name != "pad_token_id":
+            problems.append(f"{field.name}: got 0, wanted at least 1")
+        elif kind == "float" and not (number and 0 < value < math.inf):
+            problems.append(f"{field.name}: got {value!r}, wanted a positive number")
+    for name, supported in _SUPPORTED.items():
+        if name in values and values[name] not in supported:
+            wanted = " or ".join(map(repr, supported))
+            problems.append(f"{name}: got {values[name]!r}, wanted {wanted}")
+    size, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if not problems and size is not None and heads is not None and size % heads:
+        problems.append(f"hidden_size: got {size}, wanted a multiple of {heads} attention heads")
+    return problems

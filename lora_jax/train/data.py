@@ -1,0 +1,400 @@
+"""Texts and labels from files to batches of one shape; every step a pure function."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from ..errors import AssetError, DataError, raise_all
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_SHOWN = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, eq=False)
+class TextData:
+    """Labelled texts: row i has ``texts[i]`` and the class ``classes[labels[i]]``."""
+
+    texts: tuple[str, ...]
+    labels: Int32[np.ndarray, "n"]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Token ids of n texts, padded to one length, and 1 where there is a token."""
+
+    input_ids: Int32[np.ndarray, "n t"]
+    attention_mask: Int32[np.ndarray, "n t"]
+
+
+class Batch(NamedTuple):
+    """Rows of one training step; ``weights`` is 0 for the rows that only fill the batch.
+
+    A tuple, because ``jax.tree.map`` puts other things than arrays where the arrays are.
+    """
+
+    input_ids: Int32[Array | np.ndarray, "b t"]
+    attention_mask: Int32[Array | np.ndarray, "b t"]
+    labels: Int32[Array | np.ndarray, "b"]
+    weights: Float32[Array | np.ndarray, "b"]
+
+
+def read_table(
+    path: str | Path, text_column: str = "text", label_column: str = "label"
+) -> TextData:
+    """Read labelled texts from a ``.csv``, ``.tsv`` (with a header line) or ``.jsonl`` file.
+
+    Args:
+        path: a UTF-8 file.
+        text_column: the column, or JSON key, of the texts.
+        label_column: the column, or JSON key, of the labels; space around a label is dropped
+            and the classes are sorted.
+
+    Raises:
+        DataError: the file cannot be read as such a table, a label is empty, or there are
+            fewer than two classes.
+    """
+    rows = _read_rows(path, (text_column, label_column))
+    labels = [_label(row.values[label_column]) for row in rows]
+    problems = [
+        f"line {row.line}: got {row.values[label_column]!r} as {label_column}, wanted a name or a "
+        "whole number"
+        for row, label in zip(rows, labels, strict=True)
+        if not label
+    ]
+    _raise(path, problems, "give each row a label or remove it")
+    return _labelled(path, [row.values[text_column] for row in rows], labels)
+
+
+def read_texts(path: str | Path, text_column: str = "text") -> tuple[str, ...]:
+    """Read the texts of a table as ``read_table`` does, needing no labels.
+
+    Raises:
+        DataError: the file cannot be read as such a table.
+    """
+    return tuple(row.values[text_column] for row in _read_rows(path, (text_column,)))
+
+
+def read_sms(path: str | Path) -> TextData:
+    """Read the SMS Spam Collection: ``label<TAB>text`` lines, no header and no quoting.
+
+    Almeida, Gómez Hidalgo and Yamakami, 2011, https://doi.org/10.1145/2034691.2034742.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not of this form; all are listed.
+    """
+    lines = [(i, line) for i, line in _lines(_read_text(path)) if line]
+    parts = [line.partition("\t") for _, line in lines]
+    problems = [
+        f"line {i}: got {line[:60]!r}, wanted a label, a tab and a text"
+        for (i, line), (label, _, text) in zip(lines, parts, strict=True)
+        if not (label.strip() and text)
+    ]
+    _raise(path, problems, "correct or remove these lines")
+    return _labelled(path, [text for _, _, text in parts], [label.strip() for label, _, _ in parts])
+
+
+def drop_duplicates(data: TextData) -> TextData:
+    """Keep the first row of every text.
+
+    >>> data = TextData(("a", "b", "a"), np.array([0, 1, 1], np.int32), ("no", "yes"))
+    >>> drop_duplicates(data).texts
+    ('a', 'b')
+    """
+    rows = range(len(data.texts))
+    first = dict(zip(reversed(data.texts), reversed(rows), strict=True))
+    return _take(data, np.array(sorted(first.values()), np.intp))
+
+
+def balance(data: TextData, seed: int) -> TextData:
+    """Cut every class to the size of the smallest, at random; the order of rows stays.
+
+    Raises:
+        DataError: a class has no row at all.
+    """
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    empty = [f"class {data.classes[i]!r}: got no rows" for i in np.flatnonzero(counts == 0)]
+    raise_all(DataError, "the data cannot be balanced; drop the class or add rows", empty)
+    rng = np.random.default_rng(seed)
+    kept = [
+        rng.choice(np.flatnonzero(data.labels == i), counts.min(), replace=False)
+        for i in range(len(data.classes))
+    ]
+    return _take(data, np.sort(np.concatenate(kept)))
+
+
+def split(
+    data: TextData, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2), seed: int = 123
+) -> tuple[TextData, TextData, TextData]:
+    """Shuffle and cut into training, validation and test rows; the test part takes the rest.
+
+    >>> data = TextData(tuple("abcdefghij"), np.arange(10, dtype=np.int32) % 2, ("no", "yes"))
+    >>> [len(part.texts) for part in split(data)]
+    [7, 1, 2]
+
+    Raises:
+        DataError: the fractions are not positive or do not sum to 1, or a part would be empty.
+    """
+    if min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
+        raise DataError(f"fractions: got {fractions}, wanted positive numbers that sum to 1")
+    n = len(data.texts)
+    # 0.29 * 100 is 28.999…: the half-millionth keeps whole products whole
+    train, validation = math.floor(fractions[0] * n + 5e-7), math.floor(fractions[1] * n + 5e-7)
+    sizes = (train, validation, n - train - validation)
+    if min(sizes) < 1:
+        raise DataError(
+            f"rows: got {n}, which {fractions} splits into {sizes}, wanted at least one row in "
+            "every part; add rows or choose other fractions"
+        )
+    order = np.random.default_rng(seed).permutation(n)
+    first, second, third = np.split(order, [train, train + validation])
+    return _take(data, first), _take(data, second), _take(data, third)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Load ``tokenizer.json`` without the padding and truncation that the file may ship.
+
+    Raises:
+        AssetError: tokenizers is not installed, or the file is missing or broken.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise AssetError('tokenizers is not installed: pip install "lora_jax[train]"') from error
+    path = Path(directory) / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
+    # The library raises bare Exception for a file that it cannot parse.
+    except Exception as error:
+        raise AssetError(f"{path} is not a tokenizer file: {error}. Download it again.") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, *, pad_id: int | None = None
+) -> Tokens:
+    """Turn texts into ids of ``max_length`` tokens each, special tokens included.
+
+    Args:
+        tokenizer: left as it is.
+        texts: n texts; longer ones are truncated, shorter ones padded on the right.
+        max_length: t, the width of the arrays.
+        pad_id: the padding's id; that of the token ``[PAD]`` when not given.
+
+    Raises:
+        DataError: ``max_length`` leaves no room for a text, or there is no padding id.
+    """
+    special = tokenizer.num_special_tokens_to_add(False)
+    if max_length <= special:
+        raise DataError(
+            f"max_length: got {max_length}, wanted more than the {special} special tokens"
+        )
+    pad_id = tokenizer.token_to_id("[PAD]") if pad_id is None else pad_id
+    if pad_id is None:
+        raise DataError(
+            "pad_id: the tokenizer has no [PAD] token; pass the pad_token_id of config.json"
+        )
+    own = type(tokenizer).from_str(tokenizer.to_str())
+    own.enable_truncation(max_length)
+    own.enable_padding(length=max_length, pad_id=pad_id)
+    encodings = own.encode_batch(list(texts))
+    return Tokens(
+        np.array([e.ids for e in encodings], np.int32).reshape(-1, max_length),
+        np.array([e.attention_mask for e in encodings], np.int32).reshape(-1, max_length),
+    )
+
+
+def batches(
+    tokens: Tokens,
+    labels: Int32[np.ndarray, "n"] | None,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = False,
+) -> Iterator[Batch]:
+    """Yield every row once, in batches of one shape.
+
+    The last batch is filled with repetitions of a real row that weigh 0, so that a compiled
+    step fits every batch and nothing divides by an empty mask.
+
+    Args:
+        tokens: n rows.
+        labels: the rows' classes; zeros when not given, as for prediction.
+        batch_size: b, rows in a batch.
+        seed: with ``epoch``, decides the order.
+        epoch: see ``seed``.
+        shuffle: whether the order is random.
+
+    Raises:
+        DataError: there are not as many labels as rows, or ``batch_size`` is below 1.
+    """
+    n = len(tokens.input_ids)
+    labels = np.zeros(n, np.int32) if labels is None else labels
+    if batch_size < 1 or len(labels) != n:
+        raise DataError(
+            f"batches: got {n} rows, {len(labels)} labels and batch_size {batch_size}, wanted as "
+            "many labels as rows and a batch_size of at least 1"
+        )
+    order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+    return _batches(tokens, labels, order, batch_size)
+
+
+def _batches(
+    tokens: Tokens, labels: np.ndarray, order: np.ndarray, batch_size: int
+) -> Iterator[Batch]:
+    for start in range(0, len(order), batch_size):
+        real = order[start : start + batch_size]
+        rows = np.resize(real, batch_size) if len(real) < batch_size else real
+        weights = (np.arange(batch_size) < len(real)).astype(np.float32)
+        yield Batch(tokens.input_ids[rows], tokens.attention_mask[rows], labels[rows], weights)
+
+
+class _Row(NamedTuple):
+    line: int
+    values: Mapping[str, Any]
+
+
+def _take(data: TextData, rows: np.ndarray) -> TextData:
+    return TextData(tuple(data.texts[i] for i in rows), data.labels[rows], data.classes)
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, bool | int):
+        return json.dumps(value)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _labelled(path: str | Path, texts: Sequence[str], labels: Sequence[str]) -> TextData:
+    classes = tuple(sorted(set(labels)))
+    if not texts:
+        raise DataError(f"{path}: got no rows, wanted at least two with a label and a text each")
+    if len(classes) < 2:
+        raise DataError(
+            f"{path}: got the one class {labels[0]!r} in all {len(labels)} rows, wanted at least "
+            "two; add rows of another class or name another label column"
+        )
+    index = {name: i for i, name in enumerate(classes)}
+    return TextData(tuple(texts), np.array([index[name] for name in labels], np.int32), classes)
+
+
+def _read_rows(path: str | Path, columns: tuple[str, ...]) -> list[_Row]:
+    suffix = Path(path).suffix.lower()
+    if suffix not in _READERS:
+        raise DataError(
+            f"{path}: got the suffix {suffix!r}, wanted one of {', '.join(_READERS)}; "
+            "save the table in one of these formats"
+        )
+    rows = _READERS[suffix](path, _read_text(path), columns)
+    if not rows:
+        raise DataError(f"{path}: got no rows below the header, wanted at least one; add rows")
+    problems = [
+        f"line {line}: got {values[columns[0]]!r} as {columns[0]}, wanted Unicode text"
+        for line, values in rows
+        if not isinstance(values[columns[0]], str) or _SURROGATE.search(values[columns[0]])
+    ]
+    _raise(path, problems, "correct or remove these rows")
+    return rows
+
+
+def _read_delimited(
+    path: str | Path, text: str, columns: tuple[str, ...], delimiter: str
+) -> list[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, problems, line = [], [], 1
+    header: list[str] = []
+    try:
+        for record in reader:
+            if record and not header:
+                header = record
+                _check_columns(path, header, columns)
+            elif record and len(record) != len(header):
+                problems.append(f"line {line}: got {len(record)} fields, wanted {len(header)}")
+            elif record:
+                rows.append(_Row(line, dict(zip(header, record, strict=True))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        problems.append(f"line {line}: {error}")
+    _raise(path, problems, "put fields that hold the separator or a newline in double quotes")
+    return rows
+
+
+def _read_jsonl(path: str | Path, text: str, columns: tuple[str, ...]) -> list[_Row]:
+    rows, problems = [], []
+    for i, line in _lines(text):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            problems.append(f"line {i}: got {line[:60]!r}, wanted a JSON object ({error})")
+            continue
+        if not isinstance(values, dict):
+            problems.append(f"line {i}: got a JSON {type(values).__name__}, wanted an object")
+        elif missing := [name for name in columns if name not in values]:
+            problems.append(f"line {i}: got the keys {list(values)}, wanted {', '.join(missing)}")
+        else:
+            rows.append(_Row(i, values))
+    _raise(path, problems, "correct these lines, or name the keys with text_column, label_column")
+    return rows
+
+
+_READERS: Mapping[str, Callable[[str | Path, str, tuple[str, ...]], list[_Row]]] = {
+    ".csv": lambda path, text, columns: _read_delimited(path, text, columns, ","),
+    ".tsv": lambda path, text, columns: _read_delimited(path, text, columns, "\t"),
+    ".jsonl": _read_jsonl,
+}
+
+
+def _check_columns(path: str | Path, header: Sequence[str], columns: Sequence[str]) -> None:
+    problems = [
+        f"column {name!r}: got {header.count(name)} of it, wanted one"
+        for name in columns
+        if header.count(name) != 1
+    ]
+    _raise(path, problems, f"name the columns of the file; its first line holds {list(header)}")
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+    if not data.strip():
+        raise DataError(f"{path}: got an empty file, wanted rows of text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}: line {line}: got the byte 0x{data[error.start]:02x} at offset "
+            f"{error.start}, wanted UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    # not splitlines, which would also break texts at U+2028 and other rare separators
+    return [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1)]
+
+
+def _raise(path: str | Path, problems: Sequence[str], remedy: str) -> None:
+    more = [f"… and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    raise_all(DataError, f"{path} cannot be used; {remedy}", [*problems[:_SHOWN], *more])
