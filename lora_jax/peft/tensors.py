@@ -86,6 +86,7 @@ def decode(
         AdapterError: lists every missing, unexpected, misshapen and non-finite tensor.
     """
     expected = {slot.key: slot for slot in slots(plan, names)}
+    tensors = {key: t for key, t in tensors.items() if not _said_twice(key, tensors, expected)}
     problems = [
         f"{key}: missing, wanted {expected[key].shape}" for key in expected.keys() - tensors
     ]
@@ -114,6 +115,14 @@ def decode(
         elif leaf.path in plan.full:
             adapters[leaf.path] = Full(read(leaf, "value"))
     return adapters
+
+
+def _said_twice(key: str, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Slot]) -> bool:
+    """Tell what PEFT's ``bias="all"`` adds for a saved module: its bias again, and the base's."""
+    again = key.replace(".modules_to_save.", ".")
+    if again != key and again in expected and again in tensors:
+        return np.array_equal(tensors[key], tensors[again])
+    return key not in expected and key.replace(".original_module.", ".") in expected
 
 
 def slots(plan: Plan, names: Names = paths.module_of) -> list[Slot]:
