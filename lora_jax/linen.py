@@ -138,7 +138,8 @@ def adapters_of(
         **kwargs: example keyword arguments.
 
     Raises:
-        AdapterError: lists every A or B that no layer uses, or that a layer lacks.
+        AdapterError: lists every A or B that no layer uses, or that a layer lacks; or there is
+            no LoRA layer.
 
     >>> layer, x = LoRADense(5, r=2, lora_alpha=4), jnp.ones((1, 3))
     >>> adapters_of(layer, layer.init(jax.random.key(0), x), x)["kernel"].scale
@@ -148,6 +149,8 @@ def adapters_of(
     found = {name: module for name, module in modules.items() if isinstance(module, _LowRank)}
     leaves = paths.flatten(variables.get(COLLECTION, {}))
     wanted = {_path(name, leaf) for name in found for leaf in (A, B)}
+    if not wanted and not leaves:
+        raise AdapterError("this model has no LoRA layer, and its variables no adapters")
     raise_all(
         AdapterError,
         "the LoRA layers that these arguments reach are not those of the variables",
@@ -170,19 +173,21 @@ def _layout(module: _LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
 
 
 def _axes(module: _LowRank) -> str:
-    axis, batch_dims, features = _layout(module)
-    return layers.kernel_axes(axis, batch_dims, features)
+    return layers.kernel_axes(*_layout(module))
 
 
 def _adapter(module: _LowRank) -> Adapter:
     """Return the module's adapter, drawn if its collection is being made."""
     config, axes = layers.config_of(module), _axes(module)
-    kernel = nn.unbox(module.get_variable("params", "kernel"))
 
     @functools.cache
     def pair() -> tuple[jax.Array, jax.Array]:
-        key = module.make_rng("params")
-        return draw(key, config.init_lora_weights, kernel.shape, axes, config.r, module.lora_dtype)
+        # A scope of its own: counting keys here would shift the base's draws under scan, which
+        # traces a layer more than once.
+        assert module.scope is not None
+        key = module.scope.push(COLLECTION, reuse=True).make_rng("params")
+        shape = nn.unbox(module.get_variable("params", "kernel")).shape
+        return draw(key, config.init_lora_weights, shape, axes, config.r, module.lora_dtype)
 
     a = module.variable(COLLECTION, A, lambda: pair()[0])
     b = module.variable(COLLECTION, B, lambda: pair()[1])

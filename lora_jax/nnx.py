@@ -146,8 +146,8 @@ class LoRALinear(_LowRank, nnx.Linear):
     ``y = x · W + b + s · drop(x) · A · B``
 
     Kernel and bias are as they were, drawn from the same keys, and so are those of layers
-    built later from the same ``rngs``. ``train()`` and ``eval()`` switch dropout, as they do
-    ``nnx.Dropout``.
+    built later from the same ``rngs`` (with dropout, if it has a stream for that). ``train()``
+    and ``eval()`` switch dropout, as they do ``nnx.Dropout``.
 
     Args:
         in_features: size of the last axis of x.
@@ -212,14 +212,20 @@ def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     Args:
         model: the model. ``nnx.scan`` and ``nnx.vmap`` must stack its layers along axis 0.
 
+    Raises:
+        AdapterError: the model has no LoRA layer.
+
     >>> list(adapters_of(LoRALinear(3, 5, r=2, rngs=nnx.Rngs(0))))
     ['kernel']
     """
-    return {
+    adapters = {
         paths.SEPARATOR.join(map(str, (*path, "kernel"))): module.adapter
         for path, module in nnx.iter_modules(model)
         if isinstance(module, _LowRank)
     }
+    if not adapters:
+        raise AdapterError("this model has no LoRA layer")
+    return adapters
 
 
 def _layout(layer: _LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

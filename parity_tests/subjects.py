@@ -132,6 +132,13 @@ ALL = [
         x=(B, K, T, H),
     ),
     Subject(
+        "pairs_out_of_order",
+        lambda p, x: lax.dot_general(x, p["w"], (((1, 2), (2, 0)), ((), ()))),
+        {"w": (H, D, K)},
+        {"w": "ioi"},
+        x=(B, K, H),
+    ),
+    Subject(
         "experts",
         lambda p, x: jnp.einsum("ebd,edf->ebf", x, p["w"]),
         {"w": (E, D, F)},

@@ -177,3 +177,11 @@ def test_frugality_sees_a_merged_weight():
         return loss(lambda a: subject.fn(merge(params, a), x), adapters)
 
     assert weight_sized(jax.grad(merged_step), subject, adapters, params, x)
+
+
+def test_remat_keeps_the_authors_policy():
+    subject = next(s for s in subjects.ALL if s.name == "remat")
+    adapters, params, x = random_adapters(subject)
+    jaxpr = jax.make_jaxpr(lora(subject.fn))(params, adapters, x)
+    policies = [eqn.params["policy"] for eqn in jaxpr.eqns if "policy" in eqn.params]
+    assert policies == [jax.checkpoint_policies.dots_saveable]
