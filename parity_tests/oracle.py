@@ -150,6 +150,7 @@ def evaluate(case: Case, gain: NDArray[np.float64]) -> Tensors:
 
 
 def gain(case: Case) -> NDArray[np.float64]:
+    """Return DoRA's ``m / ‖V‖``, one for LoRA: what the weight's columns are multiplied by."""
     if case.m is None:
         return np.ones(case.w.shape[1])
     v = case.w + case.scale * (case.a @ case.b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from lora_jax import LoraConfig, lora, lowrank, merge, plan
+from lora_jax.adapter import pick
 from parity_tests import subjects
 from parity_tests.subjects import Subject
 
@@ -185,3 +187,24 @@ def test_remat_keeps_the_authors_policy():
     jaxpr = jax.make_jaxpr(lora(subject.fn))(params, adapters, x)
     policies = [eqn.params["policy"] for eqn in jaxpr.eqns if "policy" in eqn.params]
     assert policies == [jax.checkpoint_policies.dots_saveable]
+
+
+PLAIN = [s for s in subjects.ALL if s.sites == len(s.axes) == 1 and "scan" not in s.name]
+
+
+@pytest.mark.parametrize(
+    "subject", [s for s in PLAIN if not (s.half or s.dense_gradient or s.name == "remat")], ids=str
+)
+def test_the_step_costs_the_base_and_the_low_rank_products(subject):
+    """Three products each with A and B: forward, input gradient, their own gradients."""
+    adapters, params, x = random_adapters(subject)
+
+    def cost(step, *args):
+        return jax.jit(jax.grad(step)).lower(*args).cost_analysis()["flops"]
+
+    base = cost(lambda x, p: loss(lambda x: subject.fn(p, x), x), x, params)
+    step = cost(lambda a, p: loss(lambda a: lora(subject.fn)(p, *a), a), (adapters, x), params)
+    fan_in, fan_out = (math.prod(pick(subject.shapes["w"], subject.axes["w"], c)) for c in "io")
+    rows = x.size // fan_in
+    low_rank = 6 * rows * subject.r * (fan_in + fan_out)
+    assert 0.9 * low_rank < step - base < low_rank + 2 * rows * (fan_in + fan_out + subject.r)

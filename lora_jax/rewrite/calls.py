@@ -40,7 +40,7 @@ def remat(call: Call, *operands: Any) -> list[Any]:
 @rule("scan")
 def scan(call: Call, *operands: Any) -> list[Any]:
     """Scan over base, A and B together; a weight that is not scanned over is closed over."""
-    num_consts, num_carry = call.params["num_consts"], call.params["num_carry"]
+    num_consts, num_carry = _scan_counts(call)
     consts = operands[:num_consts]
     init = list(operands[num_consts : num_consts + num_carry])
     xs = operands[num_consts + num_carry :]
@@ -130,6 +130,14 @@ def custom_vjp(call: Call, *operands: Any) -> list[Any]:
 
     function.defvjp(forward, backward)
     return function(*operands)
+
+
+def _scan_counts(call: Call) -> tuple[int, int]:
+    """Return how many operands of a scan are constants and how many are carried."""
+    if "ft_in" in call.params:  # since jax 0.12
+        consts, carry, _ = map(len, call.params["ft_in"].unpack())
+        return consts, carry
+    return call.params["num_consts"], call.params["num_carry"]
 
 
 def _refuse_dropout(call: Call, operands: tuple[Any, ...]) -> None:
