@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -59,7 +60,9 @@ Evaluate = Callable[[Any, Adapters, Batch], Metrics]
 
 
 def cross_entropy(
-    logits: Float[Array, "b classes"], labels: Int[Array, "b"], weights: Float[Array, "b"]
+    logits: Float[Array, "b classes"],
+    labels: Int[Array | np.ndarray, "b"],
+    weights: Float[Array | np.ndarray, "b"],
 ) -> Float[Array, ""]:
     """Return ``−Σ wᵢ·log softmax(logitsᵢ)[labelᵢ] / Σ wᵢ``, computed in float32.
 
@@ -142,8 +145,9 @@ def make_step(apply: Apply, tx: optax.GradientTransformation) -> Step:
     def step(state: State, params: Any, batch: Batch) -> tuple[State, Metrics]:
         differentiate = jax.value_and_grad(loss, has_aux=True)
         (value, logits), gradients = differentiate(state.adapters, params, batch)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
+        trained: Any = state.adapters
+        updates, opt_state = tx.update(gradients, state.opt_state, trained)
+        adapters: Any = optax.apply_updates(trained, updates)
         finite = _finite(value, gradients, updates)
         new = State(adapters, opt_state, state.step + 1)
         kept = jax.tree.map(partial(jnp.where, finite), new, state)

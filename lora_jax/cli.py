@@ -1,0 +1,301 @@
+"""The ``lora-jax`` command: parsing, progress and messages; the work is done in ``train``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import LoraError
+from .rewrite.table import totals
+from .train.data import read_texts
+from .train.extras import require
+from .train.finetune import FinetuneOptions, Note, Planned, Result, finetune
+from .train.loop import EpochEvent, Interrupted, NotFinite, StepEvent, StopEvent
+from .train.predict import merge_to, predict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DESCRIPTION = """LoRA fine-tuning in JAX, with PEFT's adapter files.
+
+Without options, `lora-jax finetune` trains all-MiniLM-L6-v2 on the SMS Spam Collection.
+`lora-jax SUBCOMMAND --help` lists what each takes, `lora-jax --version` says which this is."""
+
+BAD_INPUT, BROKEN_OFF, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Classify texts with a saved adapter: one line each, label, probability and text.
+
+    Args:
+        directory: the output directory of `lora-jax finetune`.
+        texts: what to classify.
+        data: .csv, .tsv or .jsonl table with more texts.
+        text_column: column or JSON key of the texts in the table.
+        json: print one JSON object for each text, with the probability of every class.
+        model: the base model, if it is no longer where the adapter says.
+        batch_size: texts at a time.
+        cache: where downloads are kept; if not given, LORA_JAX_CACHE or the user's cache.
+    """
+
+    directory: Path
+    texts: tuple[str, ...]
+    data: Path | None = None
+    text_column: str = "text"
+    json: bool = False
+    model: str | None = None
+    batch_size: int = 16
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Write base model and adapter as one model that plain transformers loads.
+
+    Args:
+        directory: the output directory of `lora-jax finetune`.
+        out: where the model goes; a new or empty directory.
+        overwrite: replace files of the same name; others stay.
+        model: the base model, if it is no longer where the adapter says.
+        cache: where downloads are kept; if not given, LORA_JAX_CACHE or the user's cache.
+    """
+
+    directory: Path
+    out: Path
+    overwrite: bool = False
+    model: str | None = None
+    cache: Path | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0: done. 1: training broke down, the last good adapters are saved. 2: bad usage or input,
+    said in one message. 130: interrupted.
+
+    Args:
+        argv: the arguments; those of the process when not given.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv in (["--version"], ["-V"]):
+        print(f"lora-jax {__version__}")
+        return 0
+    try:
+        options = _parse(argv)
+        return _COMMANDS[type(options)](options)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except LoraError as error:
+        return _fail(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has enough; the interpreter must not flush into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _parse(argv: list[str]) -> Any:
+    require("tyro", "rich")
+    import tyro
+
+    return tyro.extras.subcommand_cli_from_dict(
+        {"finetune": FinetuneOptions, "predict": PredictOptions, "merge": MergeOptions},
+        prog="lora-jax",
+        description=DESCRIPTION,
+        args=argv,
+        config=(
+            tyro.conf.PositionalRequiredArgs,
+            tyro.conf.PositionalMetavarFromFieldName,
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.DisallowNone,
+        ),
+    )
+
+
+def _finetune(options: FinetuneOptions) -> int:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    data = "the SMS Spam Collection" if options.data is None else options.data
+    console.print(f"LoRA on {options.model} with {data}; results go to {options.output}")
+    saved = f"the adapter is saved in {options.output}"
+    reporter = _Reporter(console, options.epochs)
+    try:
+        with reporter:
+            result = finetune(options, reporter)
+    except NotFinite as error:
+        return _fail(f"{error}\n{saved}", BROKEN_OFF)
+    except Interrupted as stop:
+        return _fail(f"interrupted after step {stop.trained.steps}; {saved}", INTERRUPTED)
+    except KeyboardInterrupt:
+        known = saved if reporter.saved else "nothing was trained yet"
+        return _fail(f"interrupted; {known}", INTERRUPTED)
+    _summarise(console, result, options)
+    return 0
+
+
+def _predict(options: PredictOptions) -> int:
+    texts = options.texts
+    if options.data is not None:
+        texts += read_texts(options.data, options.text_column)
+    found = predict(
+        options.directory,
+        texts,
+        model=options.model,
+        batch_size=options.batch_size,
+        cache=options.cache,
+        note=_note,
+    )
+    for prediction in found:
+        if options.json:
+            print(json.dumps(vars(prediction), ensure_ascii=False))
+        else:
+            # A line is a text, so what ends a line or a field in it becomes a space.
+            text = " ".join(prediction.text.split())
+            print(prediction.label, f"{prediction.probability:.4f}", text, sep="\t")
+    sys.stdout.flush()
+    return 0
+
+
+def _merge(options: MergeOptions) -> int:
+    out = merge_to(
+        options.directory,
+        options.out,
+        overwrite=options.overwrite,
+        model=options.model,
+        cache=options.cache,
+        note=_note,
+    )
+    print(f"the merged model is in {out}; load it with")
+    print(f"transformers.AutoModelForSequenceClassification.from_pretrained({str(out)!r})")
+    return 0
+
+
+_COMMANDS: dict[type, Callable[[Any], int]] = {
+    FinetuneOptions: _finetune,
+    PredictOptions: _predict,
+    MergeOptions: _merge,
+}
+
+
+class _Reporter:
+    """Shows what ``finetune`` does: a live bar on a terminal, a few plain lines elsewhere."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self.console, self.epochs = console, epochs
+        self.saved = False
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, event: Any) -> None:
+        match event:
+            case Note():
+                self.console.print(event.text)
+            case Planned():
+                self.planned(event)
+            case StepEvent():
+                self.step(event)
+            case EpochEvent():
+                self.saved = True
+                self.console.print(_epoch_line(event, self.epochs))
+            case StopEvent() if event.reason != "finished":
+                self.console.print(f"stopped early: {event.reason}")
+
+    def planned(self, event: Planned) -> None:
+        train, validation, test = event.texts
+        self.console.print(totals(event.plan))
+        self.console.print(f"{train} texts for training, {validation} validation, {test} test")
+        self.console.print(f"test accuracy before training {event.accuracy:.1%}")
+        if self.console.is_terminal:
+            self.bar = _progress(self.console)
+            self.task = self.bar.add_task("compiling", total=None, shown="")
+            self.bar.start()
+
+    def step(self, event: StepEvent) -> None:
+        shown = (
+            f"loss {event.loss:.3f}  accuracy {event.accuracy:.1%}  "
+            f"{event.samples_per_second:.0f} samples/s  {_clock(event.eta)} left"
+        )
+        if self.bar is not None:
+            name, n, total = f"epoch {event.epoch}/{self.epochs}", event.step, event.total_steps
+            self.bar.update(self.task, description=name, completed=n, total=total, shown=shown)
+        # Ten lines in a log, however long the training.
+        elif event.step * 10 // event.total_steps > (event.step - 1) * 10 // event.total_steps:
+            self.console.print(f"step {event.step}/{event.total_steps}  {shown}")
+
+
+def _progress(console: Console) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    text = TextColumn("{task.description}"), TextColumn("{task.fields[shown]}")
+    return Progress(text[0], BarColumn(24), MofNCompleteColumn(), text[1], console=console)
+
+
+def _epoch_line(event: EpochEvent, epochs: int) -> str:
+    return (
+        f"epoch {event.epoch}/{epochs} in {event.seconds:.1f} s: "
+        f"training loss {event.train_loss:.3f}, accuracy {event.train_accuracy:.1%}; "
+        f"validation loss {event.validation_loss:.3f}, accuracy {event.validation_accuracy:.1%}"
+    )
+
+
+def _summarise(console: Console, result: Result, options: FinetuneOptions) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    step = f"{result.median_step_seconds:.3f} s"
+    for name, value in {
+        "trained parameters": f"{result.trainable:,} ({result.share:.4%} of all)",
+        "test accuracy": f"{result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after",
+        "training time": f"{result.seconds:.1f} s, {result.steps} steps of {step} (median)",
+        "adapter size": f"{result.adapter_bytes:,} bytes",
+        "adapter": str(result.directory),
+    }.items():
+        table.add_row(name, value)
+    console.print(table)
+    directory = shlex.quote(str(result.directory))
+    texts = '"some text"' if options.data else '"You have won a prize, call now"'
+    console.print(f"next: lora-jax predict {directory} {texts}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lora-jax: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

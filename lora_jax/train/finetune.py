@@ -1,0 +1,358 @@
+"""The whole job: data and model in, a trained and tested PEFT adapter directory out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ..adapter import Adapters
+from ..assets import SMS_SPAM, fetch
+from ..config import ALL_LINEAR, LoraConfig
+from ..errors import ConfigError, DataError, OutputError, raise_all
+from ..files import output_directory, write_atomic
+from ..peft import save_pretrained
+from ..peft.files import WEIGHTS_NAME
+from ..rewrite import Plan, lora
+from . import data
+from .classifier import RECORD_NAME, Classifier, Record, encode_record, load_classifier
+from .data import TextData
+from .extras import require
+from .loop import (
+    EpochEvent,
+    Event,
+    Interrupted,
+    LoopOptions,
+    NotFinite,
+    Rows,
+    Trained,
+    fit,
+    score_rows,
+)
+from .report import append, curves, plain
+from .step import Evaluate, make_evaluate, make_step, optimizer, schedule, start
+
+METRICS_NAME, CURVES_NAME = "metrics.jsonl", "curves.png"
+HEAD = "classifier"
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Train LoRA adapters and a classifier on labelled texts, test them, save them for PEFT.
+
+    Args:
+        model: directory of a BERT, hub id, or "minilm".
+        data: .csv, .tsv or .jsonl table of labelled texts; if not given, the SMS Spam Collection.
+        text_column: column or JSON key of the texts.
+        label_column: column or JSON key of the labels.
+        output: where the adapter and the reports go; a new or empty directory.
+        overwrite: replace files of an earlier run in the output directory; others stay.
+        r: rank of the adapters.
+        lora_alpha: the low-rank update is scaled by lora_alpha / r.
+        target_modules: names of the modules to adapt, or "all-linear" alone.
+        epochs: how often every training text is seen.
+        batch_size: texts in a step.
+        max_length: tokens of a text; longer texts are cut.
+        learning_rate: the peak, reached after 6 % of the steps; then it falls linearly to 0.
+        weight_decay: AdamW's, on what is trained.
+        seed: decides the adapters and the classifier at the start, and the order of the texts.
+        split_seed: decides which texts are for training, validation and test (70, 10, 20 %).
+        balance: cut every class to the size of the smallest; "auto" does so for the SMS Spam
+            Collection only.
+        patience: stop after this many epochs without a better validation accuracy, and keep the
+            best adapters; if not given, train to the end.
+        limit: use only this many texts, for a short run.
+        cache: where downloads are kept; if not given, LORA_JAX_CACHE or the user's cache.
+    """
+
+    model: str = "minilm"
+    data: Path | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    output: Path = Path("runs/lora")
+    overwrite: bool = False
+    r: int = 8
+    lora_alpha: int | float = 16
+    target_modules: tuple[str, ...] = ("query", "value")
+    epochs: int = 3
+    batch_size: int = 16
+    max_length: int = 64
+    learning_rate: int | float = 1e-3
+    weight_decay: int | float = 0.01
+    seed: int = 0
+    split_seed: int = 123
+    balance: Literal["auto", "yes", "no"] = "auto"
+    patience: int | None = None
+    limit: int | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line about what is being done, or about something that went wrong and can wait."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Before training: the plan, the texts of each part, and the untrained accuracy."""
+
+    plan: Plan
+    texts: tuple[int, int, int]
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it.
+
+    Args:
+        directory: the adapter.
+        trainable: how many values were trained.
+        share: their part of all values, adapters included.
+        accuracy_before: on the test part, before the first step.
+        accuracy_after: on the test part, with the saved adapter.
+        loss_after: on the test part, with the saved adapter.
+        steps: how many were taken.
+        stop: why training ended.
+        seconds: of training, compilation and validation included.
+        median_step_seconds: of one step.
+        adapter_bytes: size of the adapter's weights file.
+    """
+
+    directory: Path
+    trainable: int
+    share: float
+    accuracy_before: float
+    accuracy_after: float
+    loss_after: float
+    steps: int
+    stop: str
+    seconds: float
+    median_step_seconds: float
+    adapter_bytes: int
+
+
+Observe = Callable[[Any], None]
+
+
+def finetune(
+    options: FinetuneOptions = FinetuneOptions(), observe: Observe = lambda event: None
+) -> Result:
+    """Train, test and save: PEFT's two files, ``run.json``, ``metrics.jsonl``, ``curves.png``.
+
+    The adapter is saved after every epoch and whenever training stops. Equal options give
+    byte-identical adapter files on the same machine.
+
+    Args:
+        options: what to do; checked before anything is downloaded or compiled.
+        observe: called with ``Note``, ``Planned`` and the loop's events.
+
+    Raises:
+        LoraError: something cannot be used, with what to do about it.
+        NotFinite: training broke down; the last good adapters are saved.
+        Interrupted: Ctrl-C during training; the last good adapters are saved.
+    """
+    job = _prepare(options, observe)
+    before = score_rows(job.evaluate, job.params, job.adapters, job.test, job.loop)
+    sizes = (len(job.train.labels), len(job.validation.labels), len(job.test.labels))
+    observe(Planned(job.plan, sizes, before.accuracy))
+    began = time.perf_counter()
+    try:
+        trained = _train(job, observe)
+    except (NotFinite, Interrupted) as stop:
+        _save(job, stop.trained)
+        _draw(job, stop.trained.reason)
+        raise
+    seconds = time.perf_counter() - began
+    _save(job, trained)
+    after = score_rows(job.evaluate, job.params, trained.adapters, job.test, job.loop)
+    result = Result(
+        directory=job.directory,
+        trainable=job.plan.trainable,
+        share=_share(job.plan),
+        accuracy_before=before.accuracy,
+        accuracy_after=after.accuracy,
+        loss_after=after.loss,
+        steps=trained.steps,
+        stop=trained.reason,
+        seconds=seconds,
+        median_step_seconds=trained.median_step_seconds,
+        adapter_bytes=(job.directory / WEIGHTS_NAME).stat().st_size,
+    )
+    _save(job, trained, result)
+    _draw(job, f"test accuracy {before.accuracy:.1%} → {after.accuracy:.1%}")
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Everything that is fixed before the first step."""
+
+    options: FinetuneOptions
+    directory: Path
+    classifier: Classifier
+    plan: Plan
+    adapters: Adapters
+    evaluate: Evaluate
+    loop: LoopOptions
+    train: Rows
+    validation: Rows
+    test: Rows
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def params(self) -> Any:
+        return self.classifier.params
+
+
+def _prepare(options: FinetuneOptions, observe: Observe) -> _Job:
+    def note(text: str) -> None:
+        observe(Note(text))
+
+    config, loop = _check(options)
+    own = None if options.data is None else _read_own(options)
+    directory = output_directory(options.output, overwrite=options.overwrite)
+    texts = _read_sms(options, note) if own is None else own
+    parts = _parts(options, texts)
+    classifier = load_classifier(
+        options.model,
+        texts.classes,
+        options.max_length,
+        seed=options.seed,
+        cache=options.cache,
+        note=note,
+    )
+    train, validation, test = (Rows(classifier.encode(p.texts), p.labels) for p in parts)
+    plan = classifier.plan(config, options.batch_size)
+    rate = schedule(options.learning_rate, total_steps=loop.steps(train))
+    return _Job(
+        options=options,
+        directory=directory,
+        classifier=classifier,
+        plan=plan,
+        adapters=plan.init(jax.random.key(options.seed)),
+        evaluate=make_evaluate(lora(classifier.apply)),
+        loop=dataclasses.replace(loop, learning_rate=rate),
+        train=train,
+        validation=validation,
+        test=test,
+    )
+
+
+def _check(options: FinetuneOptions) -> tuple[LoraConfig, LoopOptions]:
+    require("matplotlib", "tokenizers")
+    positive = {"learning_rate": options.learning_rate, "max_length": options.max_length}
+    problems = [
+        f"{name}: got {value}, wanted more than 0"
+        for name, value in positive.items()
+        if not 0 < value < math.inf
+    ]
+    if not 0 <= options.weight_decay < math.inf:
+        problems.append(f"weight_decay: got {options.weight_decay}, wanted at least 0")
+    for name in ("seed", "split_seed"):
+        if not 0 <= getattr(options, name) < 2**32:
+            problems.append(f"{name}: got {getattr(options, name)}, wanted 0 to 2**32 - 1")
+    if options.limit is not None and options.limit < 10:
+        problems.append(f"limit: got {options.limit}, wanted at least 10 texts to split")
+    raise_all(ConfigError, "these options are out of range", problems)
+    targets = options.target_modules
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+        modules_to_save=[HEAD],
+    )
+    loop = LoopOptions(options.epochs, options.batch_size, options.seed, options.patience)
+    return config, loop
+
+
+def _read_own(options: FinetuneOptions) -> TextData:
+    assert options.data is not None
+    return data.read_table(options.data, options.text_column, options.label_column)
+
+
+def _read_sms(options: FinetuneOptions, note: Callable[[str], None]) -> TextData:
+    directory = fetch(SMS_SPAM, cache=options.cache, progress=note)
+    return data.read_sms(directory / SMS_SPAM.files[0].name)
+
+
+def _parts(options: FinetuneOptions, texts: TextData) -> tuple[TextData, TextData, TextData]:
+    """Return the parts for training, validation and test; no text is in two of them."""
+    texts = data.drop_duplicates(texts)
+    if options.balance == "yes" or (options.balance == "auto" and options.data is None):
+        texts = data.balance(texts, options.split_seed)
+    if options.limit is not None:
+        order = np.random.default_rng(options.split_seed).permutation(len(texts.texts))
+        rows = order[: options.limit]
+        kept = tuple(texts.texts[i] for i in rows)
+        texts = TextData(kept, texts.labels[rows], texts.classes)
+    parts = data.split(texts, seed=options.split_seed)
+    counts = np.bincount(parts[0].labels, minlength=len(texts.classes))
+    raise_all(
+        DataError,
+        "the training part lacks a class; add texts of it, or remove it",
+        [f"{name}: no text" for name, n in zip(texts.classes, counts, strict=True) if n == 0],
+    )
+    return parts
+
+
+def _train(job: _Job, observe: Observe) -> Trained:
+    options = job.options
+    total = job.loop.steps(job.train)
+    tx = optimizer(options.learning_rate, options.weight_decay, total_steps=total)
+    write_atomic({job.directory / METRICS_NAME: b""})
+
+    def record(event: Event) -> None:
+        job.events.append(event)
+        try:
+            append(job.directory / METRICS_NAME, event)
+            if isinstance(event, EpochEvent):
+                state = Trained(event.adapters, event.step, "training", math.nan)
+                _save(job, state)
+        except OutputError as error:
+            # The last good adapters are in memory: what fails now may work at the end.
+            observe(Note(str(error)))
+        observe(event)
+
+    step = make_step(lora(job.classifier.apply), tx)
+    state = start(tx, job.adapters)
+    return fit(step, job.evaluate, state, job.params, job.train, job.validation, job.loop, record)
+
+
+def _save(job: _Job, trained: Trained, result: Result | None = None) -> None:
+    base = job.classifier.base_model
+    save_pretrained(
+        job.directory,
+        job.plan,
+        trained.adapters,
+        base_model=base,
+        task_type="SEQ_CLS",
+        overwrite=True,
+    )
+    record = Record(base, job.classifier.classes, job.classifier.max_length)
+    more = {
+        "options": plain(job.options),
+        "steps": trained.steps,
+        "stop": trained.reason,
+        "result": None if result is None else plain(result),
+    }
+    write_atomic({job.directory / RECORD_NAME: encode_record(record, more)})
+
+
+def _draw(job: _Job, title: str) -> None:
+    content = curves(job.events, f"LoRA on {job.classifier.base_model}: {title}")
+    write_atomic({job.directory / CURVES_NAME: content})
+
+
+def _share(plan: Plan) -> float:
+    added = sum(leaf.trained for leaf in plan.adapted)
+    return plan.trainable / (plan.base + added)

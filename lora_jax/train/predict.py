@@ -1,0 +1,115 @@
+"""Using what ``finetune`` saved: labels for new texts, and a merged model for transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ..adapter import Adapters
+from ..errors import DataError, OutputError
+from ..files import output_directory
+from ..merging import merge
+from ..models import save_model
+from ..peft import load_config, load_pretrained
+from ..rewrite import lora
+from .classifier import Classifier, load_classifier, read_record
+from .data import batches
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A text, its most probable class, and the probability of every class."""
+
+    text: str
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+
+def predict(
+    directory: str | Path,
+    texts: Sequence[str],
+    *,
+    model: str | None = None,
+    batch_size: int = 16,
+    cache: Path | None = None,
+    note: Note | None = None,
+) -> list[Prediction]:
+    """Return the class of each text, by the adapter that ``finetune`` wrote.
+
+    Args:
+        directory: the output of ``finetune``.
+        texts: what to classify.
+        model: the base model, if it is no longer where the adapter says.
+        batch_size: texts at a time.
+        cache: where downloads are kept.
+        note: called with a line at every step of a download.
+
+    Raises:
+        LoraError: there are no texts, or adapter and model cannot be read or do not fit.
+    """
+    if not texts:
+        raise DataError("no text to classify; give some, or a table that has some")
+    size = min(batch_size, len(texts))
+    classifier, adapters = _load(directory, model, size, cache, note)
+    apply = jax.jit(lora(classifier.apply))
+    found = []
+    for batch in batches(classifier.encode(texts), None, size):
+        logits = apply(classifier.params, adapters, batch.input_ids, batch.attention_mask)
+        found.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
+    return [
+        _prediction(text, classifier.classes, row)
+        for text, row in zip(texts, np.concatenate(found), strict=False)
+    ]
+
+
+def merge_to(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    model: str | None = None,
+    cache: Path | None = None,
+    note: Note | None = None,
+) -> Path:
+    """Write base model and adapter as one model that plain ``transformers`` loads.
+
+    Args:
+        directory: the output of ``finetune``.
+        out: a new or empty directory.
+        overwrite: replace files of the same name in ``out``.
+        model: the base model, if it is no longer where the adapter says.
+        cache: where downloads are kept.
+        note: called with a line at every step of a download.
+
+    Raises:
+        LoraError: adapter and model cannot be read or do not fit, or ``out`` cannot be written.
+    """
+    read_record(directory)
+    out = output_directory(out, overwrite=overwrite)
+    classifier, adapters = _load(directory, model, 1, cache, note)
+    if out.resolve() == classifier.directory.resolve():
+        raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
+    merged = merge(classifier.params, adapters)
+    return save_model(out, merged, classifier.directory, classes=classifier.classes, overwrite=True)
+
+
+def _load(
+    directory: str | Path, model: str | None, rows: int, cache: Path | None, note: Note | None
+) -> tuple[Classifier, Adapters]:
+    record, config = read_record(directory), load_config(directory)
+    name = record.base_model if model is None else model
+    classifier = load_classifier(name, record.classes, record.max_length, cache=cache, note=note)
+    return classifier, load_pretrained(directory, classifier.plan(config, rows))
+
+
+def _prediction(text: str, classes: Sequence[str], row: np.ndarray) -> Prediction:
+    best = int(row.argmax())
+    probabilities = {name: float(p) for name, p in zip(classes, row, strict=True)}
+    return Prediction(text, classes[best], float(row[best]), probabilities)
