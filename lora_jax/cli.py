@@ -249,8 +249,9 @@ class _Reporter:
 def _progress(console: Console) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    text = TextColumn("{task.description}"), TextColumn("{task.fields[shown]}")
-    return Progress(text[0], BarColumn(24), MofNCompleteColumn(), text[1], console=console)
+    name, shown = TextColumn("{task.description}"), TextColumn("{task.fields[shown]}")
+    bar = BarColumn(bar_width=None)  # takes the width that the text leaves
+    return Progress(name, bar, MofNCompleteColumn(), shown, console=console, expand=True)
 
 
 def _epoch_line(event: EpochEvent, epochs: int) -> str:

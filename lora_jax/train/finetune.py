@@ -311,16 +311,22 @@ def _train(job: _Job, observe: Observe) -> Trained:
     tx = optimizer(options.learning_rate, options.weight_decay, total_steps=total)
     write_atomic({job.directory / METRICS_NAME: b""})
 
+    said: set[str] = set()
+
+    def attempt(write: Callable[..., None], *args: Any) -> None:
+        # The last good adapters are in memory: what cannot be written now may be at the end.
+        try:
+            write(*args)
+        except OutputError as error:
+            if str(error) not in said:
+                observe(Note(str(error)))
+            said.add(str(error))
+
     def record(event: Event) -> None:
         job.events.append(event)
-        try:
-            append(job.directory / METRICS_NAME, event)
-            if isinstance(event, EpochEvent):
-                state = Trained(event.adapters, event.step, "training", math.nan)
-                _save(job, state)
-        except OutputError as error:
-            # The last good adapters are in memory: what fails now may work at the end.
-            observe(Note(str(error)))
+        attempt(append, job.directory / METRICS_NAME, event)
+        if isinstance(event, EpochEvent):
+            attempt(_save, job, Trained(event.adapters, event.step, "training", math.nan))
         observe(event)
 
     step = make_step(lora(job.classifier.apply), tx)

@@ -67,11 +67,12 @@ class LoopOptions:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """After every step; loss of its batch, accuracy of the epoch so far, times in seconds."""
+    """After every step: loss of its rows, accuracy of the epoch so far, times in seconds."""
 
     epoch: int
     step: int
     total_steps: int
+    rows: int
     loss: float
     accuracy: float
     learning_rate: float
@@ -108,7 +109,14 @@ Observe = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave: the adapters, steps taken, why it ended, the median step's seconds."""
+    """What training gave.
+
+    Args:
+        adapters: after the last good step; with patience, after the best epoch so far.
+        steps: how many were taken.
+        reason: why training ended.
+        median_step_seconds: of one step, the first, which compiles, left out.
+    """
 
     adapters: Adapters
     steps: int
@@ -133,7 +141,7 @@ class NotFinite(TrainingError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training; ``trained`` holds the state after the last whole step."""
+    """Ctrl-C during training; ``trained`` holds what the last whole step left."""
 
     def __init__(self, trained: Trained) -> None:
         super().__init__(trained.reason)
@@ -203,7 +211,7 @@ def _epoch(run: _Run, step: Step, params: Any, rows: Rows, epoch: int) -> Score:
             raise NotFinite(_explain(run, epoch), run.trained("a value was not finite"))
         tally.add(metrics)
         seconds = time.perf_counter() - began
-        run.observe(run.step_event(epoch, float(metrics.loss), tally, seconds))
+        run.observe(run.step_event(epoch, metrics, tally, seconds))
     return tally.score()
 
 
@@ -276,7 +284,7 @@ class _Run:
         self.best_adapters: Adapters | None = None
         self.stale_epochs = 0
 
-    def step_event(self, epoch: int, loss: float, tally: _Tally, seconds: float) -> StepEvent:
+    def step_event(self, epoch: int, metrics: Any, tally: _Tally, seconds: float) -> StepEvent:
         rate = float(self.options.learning_rate(self.step))
         self.step += 1
         self.step_seconds.append(seconds)
@@ -285,7 +293,8 @@ class _Run:
             epoch,
             self.step,
             self.total,
-            loss,
+            int(metrics.rows),
+            float(metrics.loss),
             tally.score().accuracy,
             rate,
             seconds,
@@ -316,4 +325,4 @@ class _Run:
 
     def trained(self, reason: str) -> Trained:
         adapters = self.state.adapters if self.best_adapters is None else self.best_adapters
-        return Trained(adapters, self.step, reason, self.median_seconds())
+        return Trained(adapters, int(self.state.step), reason, self.median_seconds())

@@ -82,13 +82,15 @@ def curves(events: Sequence[Event], title: str) -> bytes:
 def _draw_loss(axes: Any, steps: Sequence[StepEvent], epochs: Sequence[EpochEvent]) -> None:
     x, loss = [event.step for event in steps], [event.loss for event in steps]
     axes.plot(x, loss, color=_TRAIN, alpha=0.3, linewidth=1, label="training, each step")
-    axes.plot(x, _smooth(loss), color=_TRAIN, linewidth=1.8, label="training, smoothed")
+    smooth = _smooth(steps)
+    axes.plot(x, smooth, color=_TRAIN, linewidth=1.8, label="training, smoothed")
     held_out = [event.validation_loss for event in epochs]
     ends = [event.step for event in epochs]
     axes.plot(ends, held_out, "o-", color=_VALIDATION, linewidth=1.8, label="validation")
     axes.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats per text)")
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    # One batch far out, such as a last one of a single text, may leave the picture.
+    axes.set_ylim(0, min(1.5 * _highest([*smooth, *held_out]), 1.05 * _highest([*loss, *held_out])))
     axes.legend(frameon=False, loc="best")
 
 
@@ -101,6 +103,7 @@ def _draw_accuracy(axes: Any, epochs: Sequence[EpochEvent]) -> None:
     axes.plot(x, train, "o-", color=_TRAIN, linewidth=1.8, label="training, mean of the epoch")
     axes.plot(x, held_out, "o-", color=_VALIDATION, linewidth=1.8, label="validation, at its end")
     axes.set(title="Accuracy", xlabel="epoch", ylabel="texts classified correctly (%)")
+    axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     axes.set_xlim(0.8, max(x, default=1) + 0.2)
@@ -108,13 +111,17 @@ def _draw_accuracy(axes: Any, epochs: Sequence[EpochEvent]) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential mean, corrected for its start as in Adam."""
-    mean, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(mean / weight)
+def _smooth(steps: Sequence[StepEvent], keep: float = 0.9) -> list[float]:
+    """Exponential mean over rows, corrected for its start as in Adam."""
+    total, rows, smoothed = 0.0, 0.0, []
+    for step in steps:
+        total, rows = keep * total + step.rows * step.loss, keep * rows + step.rows
+        smoothed.append(total / rows)
     return smoothed
+
+
+def _highest(values: Sequence[float]) -> float:
+    return max((value for value in values if math.isfinite(value) and value > 0), default=1.0)
 
 
 def _plain(value: Any) -> Any:

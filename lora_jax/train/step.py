@@ -146,7 +146,9 @@ def make_step(apply: Apply, tx: optax.GradientTransformation) -> Step:
         differentiate = jax.value_and_grad(loss, has_aux=True)
         (value, logits), gradients = differentiate(state.adapters, params, batch)
         trained: Any = state.adapters
-        updates, opt_state = tx.update(gradients, state.opt_state, trained)
+        # optax raises floats to the integer step, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(gradients, state.opt_state, trained)
         adapters: Any = optax.apply_updates(trained, updates)
         finite = _finite(value, gradients, updates)
         new = State(adapters, opt_state, state.step + 1)
@@ -179,4 +181,4 @@ def _count(logits: Float[Array, "b classes"], batch: Batch) -> tuple[Array, Arra
 
 def _finite(*trees: PyTree) -> Array:
     # A norm is finite only if every value is, and the clipping has computed one already.
-    return jnp.isfinite(jnp.stack([optax.global_norm(tree) for tree in trees])).all()
+    return jnp.isfinite(jnp.stack([optax.tree.norm(tree) for tree in trees])).all()

@@ -1,0 +1,297 @@
+"""The benchmark harness itself, on a clock that the contestants move; never a wall-clock time."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import __main__ as command
+from benchmarks import cases, environment, harness, report, stats
+from benchmarks.harness import BenchmarkError, Case, Contestant
+
+ROUNDS = 20
+
+
+class Bench:
+    """A clock and contestants whose steps take what the test says."""
+
+    def __init__(self, *, seed=0, crowd=0.0):
+        self.now, self.crowd = 0.0, crowd
+        self.order = []
+        self.rng = np.random.default_rng(seed)
+
+    def clock(self):
+        return self.now
+
+    def elsewhere(self):
+        return None if self.crowd is None else self.crowd * self.now
+
+    def contestant(self, name, seconds=1.0, *, jitter=0.03, compiling=9.0, result=None, **fields):
+        losses = (1 / n for n in itertools.count(1)) if result is None else map(result, counting())
+
+        def setup():
+            self.now += 5.0
+            first = itertools.chain([compiling], itertools.repeat(0.0))
+
+            def step():
+                self.order.append(name)
+                self.now += next(first) + seconds * math.exp(jitter * self.rng.normal())
+                return next(losses)
+
+            return step
+
+        return Contestant(name, setup, **fields)
+
+    def run(self, *contestants, rounds=ROUNDS, **fields):
+        fields = dict(tolerance=1e-6) | fields
+        case = Case("case", "a title", contestants, rounds=rounds, **fields)
+        return self.run_case(case)
+
+    def run_case(self, case, **more):
+        return harness.run(case, clock=self.clock, elsewhere=self.elsewhere, **more)
+
+    def verdict(self, *contestants, **fields):
+        result = self.run(*contestants, **fields)
+        (comparison,) = report.comparisons(result).values()
+        return comparison
+
+
+def counting():
+    return itertools.count(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("factor", "said"), [(1.2, "slower"), (1 / 1.2, "faster")])
+def test_a_planted_difference_of_20_percent_is_detected(seed, factor, said):
+    bench = Bench(seed=seed)
+    found = bench.verdict(bench.contestant("ours", factor), bench.contestant("theirs"))
+    assert found.verdict.startswith(said)
+    assert found.ratio.median == pytest.approx(factor, rel=0.05)
+    low, high = found.interval
+    assert low <= found.ratio.median <= high
+
+
+def test_equal_contestants_show_no_difference_as_often_as_the_confidence_says():
+    says = []
+    for seed in range(200):
+        bench = Bench(seed=seed)
+        found = bench.verdict(bench.contestant("ours"), bench.contestant("theirs"))
+        says.append(found.verdict.startswith("no difference shown"))
+    assert np.mean(says) > 0.90
+
+
+def test_a_drift_that_both_share_cancels_in_the_pairs():
+    bench = Bench()
+    drift = [1 + 0.004 * n for n in range(ROUNDS)]
+    ours, theirs = ([f * t * (1 + 0.002 * bench.rng.normal()) for t in drift] for f in (1.02, 1))
+    assert stats.compare(ours, theirs).verdict.startswith("slower")
+
+
+@pytest.mark.parametrize("who", ["our", "their"])
+def test_a_noisy_series_gets_no_verdict_and_no_ratio(who):
+    bench = Bench()
+    jitter = {"our": 0.02, "their": 0.02} | {who: 0.3}
+    ours = bench.contestant("ours", 2.0, jitter=jitter["our"])
+    result = bench.run(ours, bench.contestant("theirs", jitter=jitter["their"]))
+    (found,) = report.comparisons(result).values()
+    assert found.verdict.startswith("no verdict") and f"{who} times" in found.verdict
+    shown = text(report.Report({}, (result,)))
+    assert "noisy" in shown and "slower" not in shown
+    assert f"{found.ratio.median:.3f}" not in shown
+
+
+@pytest.mark.parametrize(("crowd", "shown"), [(0.8, False), (0.05, True), (None, True)])
+def test_a_crowded_machine_gets_no_verdict_however_steady_the_times(crowd, shown):
+    bench = Bench(crowd=crowd)
+    found = bench.verdict(bench.contestant("ours", 0.2), bench.contestant("theirs"))
+    assert found.verdict.startswith("faster" if shown else "no verdict: crowded, other processes")
+
+
+def test_the_work_of_other_processes_is_seen():
+    before = environment.elsewhere()
+    if before is None:
+        pytest.skip("this system does not tell")
+    code = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert environment.elsewhere() - before > 0.4
+
+
+def test_few_rounds_give_no_verdict():
+    bench = Bench()
+    found = bench.verdict(bench.contestant("ours", 2.0), bench.contestant("theirs"), rounds=5)
+    assert found.verdict == "no verdict: too few rounds"
+
+
+@pytest.mark.parametrize("n", [6, 9, 20, 51])
+def test_the_interval_holds_the_median_as_often_as_it_says(n):
+    rng = np.random.default_rng(n)
+    draws = [stats.interval(rng.lognormal(size=n).tolist()) for _ in range(2000)]
+    held = np.mean([low <= 1 <= high for low, high in draws])
+    assert 0.94 <= held <= 0.995
+    assert stats.interval(range(5)) is None
+
+
+def test_steps_are_taken_in_turns_and_compilation_stands_apart():
+    bench = Bench()
+    ours, theirs = bench.contestant("a", 1.0, jitter=0), bench.contestant("b", 3.0, jitter=0)
+    result = bench.run(ours, theirs, rounds=3, checked=2, warm_up=1)
+    assert "".join(bench.order) == "aabb" + "ab" * 4
+    for timing, seconds in zip(result.timings, (1.0, 3.0), strict=True):
+        assert timing.setup_seconds == 5.0
+        assert timing.first_seconds == 9.0 + seconds
+        assert timing.seconds == pytest.approx((seconds,) * 3)
+        assert timing.results == (1.0, 0.5)
+
+
+def test_the_progress_counts_every_step():
+    bench, phases = Bench(), []
+    case = Case("c", "", (bench.contestant("a"), bench.contestant("b")), 0.0, rounds=4)
+    bench.run_case(case, progress=phases.append)
+    assert len(phases) == case.steps == len(bench.order)
+    assert list(dict.fromkeys(phases)) == [
+        "c: checking a",
+        "c: checking b",
+        "c: warming up",
+        "c: timing",
+    ]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_unequal_contestant_is_refused_at_any_step_and_never_timed(step):
+    bench = Bench()
+
+    def contestants():
+        off = bench.contestant("other", result=lambda n: (1 + 2e-6 * (n == step)) / n)
+        return bench.contestant("ours"), bench.contestant("same"), off
+
+    with pytest.raises(BenchmarkError, match="other: got a relative difference of 2.0e-06") as e:
+        bench.run(*contestants())
+    assert "same:" not in str(e.value)
+    assert len(bench.order) == 3 * 4
+    result = bench.run(*contestants(), tolerance=3e-6)
+    assert result.difference == pytest.approx(2e-6, rel=1e-3)
+
+
+def test_results_that_never_change_prove_nothing():
+    bench = Bench()
+    stuck = [bench.contestant(name, result=lambda n: 0.5) for name in "ab"]
+    with pytest.raises(BenchmarkError, match=r"every step of a gave 0\.5"):
+        bench.run(*stuck)
+
+
+@pytest.mark.parametrize("step", [2, 15])
+def test_a_result_that_is_not_finite_is_refused(step):
+    bench = Bench()
+    broken = bench.contestant("b", result=lambda n: math.nan if n == step else 1 / n)
+    with pytest.raises(BenchmarkError, match="b: got the result nan"):
+        bench.run(bench.contestant("a"), broken)
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    def setup():
+        import peft  # noqa: F401
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(BenchmarkError, match=r'peft is not installed: pip install "lora_jax\[be'):
+        Bench().run(Contestant("theirs", setup))
+
+
+def sample():
+    bench = Bench()
+    more = dict(packages=("numpy",), settings=lambda: {"threads": "2"})
+    result = bench.run(bench.contestant("ours", 0.5, jitter=0, **more), bench.contestant("theirs"))
+    return report.Report(environment.describe(), (result,))
+
+
+def text(found):
+    out = io.StringIO()
+    Console(width=140, file=out).print(report.render(found))
+    return out.getvalue()
+
+
+def test_json_round_trips_and_its_summary_follows_from_the_raw_figures():
+    found = sample()
+    content = report.to_json(found)
+    assert report.from_json(content) == found
+    assert report.to_json(report.from_json(content)) == content
+    fields = json.loads(content)
+    (result,) = fields["results"]
+    ours, theirs = (np.array(t["seconds"]) for t in result["timings"])
+    summary = result["summary"]
+    assert summary["seconds"]["ours"]["median"] == pytest.approx(np.median(ours))
+    assert summary["ratios"]["theirs"]["ratio"]["median"] == pytest.approx(np.median(ours / theirs))
+    assert summary["ratios"]["theirs"]["verdict"].startswith("faster")
+    assert {"processor", "cores", "python", "date"} <= fields["environment"].keys()
+    assert result["timings"][0]["versions"] == {"numpy": np.__version__}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"schema": 2}', b'{"schema": 1, "environment": {}}', b"\xff"]
+)
+def test_a_file_that_is_no_report_is_an_error(content):
+    with pytest.raises(BenchmarkError):
+        report.from_json(content)
+
+
+def test_the_table_shows_times_ratio_check_and_settings():
+    shown = text(sample())
+    for part in (
+        "ours",
+        "theirs",
+        " ms",
+        "9.50 s",
+        "20",
+        "equal within 0.0e+00",
+        "threads 2",
+        "faster (",
+    ):
+        assert part in shown
+
+
+@pytest.fixture
+def fake_case(monkeypatch):
+    bench = Bench()
+    case = Case("fake", "", (bench.contestant("a"), bench.contestant("b")), 0.0)
+    monkeypatch.setattr(command, "CASES", {"fake": case})
+    monkeypatch.setattr(command, "run", bench.run_case)
+
+
+def test_the_command_prints_a_table_and_writes_json(fake_case, tmp_path, capsys):
+    target = tmp_path / "out.json"
+    command.main(["--cases", "fake", "--rounds", "7", "--json", str(target)])
+    (result,) = report.from_json(target.read_bytes()).results
+    assert result.case == "fake" and len(result.timings[0].seconds) == 7
+    assert "median" in capsys.readouterr().out
+
+
+def test_every_bad_option_is_listed_before_anything_runs(fake_case, tmp_path, capsys):
+    missing = tmp_path / "missing" / "out.json"
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--cases", "fake", "other", "--rounds", "0", "--json", str(missing)])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    for part in ("'other', wanted one of fake", "got 0, wanted at least 1", "existing directory"):
+        assert part in said
+
+
+def test_cases_are_named_by_their_keys():
+    assert all(name == case.name for name, case in cases.CASES.items())
+
+
+@pytest.mark.slow
+def test_the_minilm_step_runs_with_equal_results(minilm_dir, sms_path):
+    case = dataclasses.replace(cases.CASES["minilm_step"], rounds=1, warm_up=0)
+    result = harness.run(case)
+    ours, theirs = result.timings
+    assert {"jax", "optax"} <= ours.versions.keys() and "peft" in theirs.versions
+    assert len(ours.seconds) == len(theirs.seconds) == 1
+    assert result.difference <= case.tolerance
