@@ -47,7 +47,7 @@ CLASSES = ("ham", "spam")
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    directory = tiny.save_model(tmp_path_factory.mktemp("model"))
+    directory = tiny.save_model(tmp_path_factory.mktemp("model"), layers=1)
     return load_classifier(directory, CLASSES, 12)
 
 
