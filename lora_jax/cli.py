@@ -279,7 +279,7 @@ def _summarise(console: Console, result: Result, options: FinetuneOptions) -> No
         table.add_row(name, value)
     console.print(table)
     directory = shlex.quote(str(result.directory))
-    texts = '"some text"' if options.data else '"You have won a prize, call now"'
+    texts = '"some text"' if options.data else '"You have won a prize. Call 09061701461 to claim"'
     console.print(f"next: lora-jax predict {directory} {texts}")
 
 

@@ -430,7 +430,9 @@ def test_minilm_on_sms_spam(seed, tmp_path):
     result = finetune(FinetuneOptions(output=tmp_path / "out", seed=seed))
     assert result.trainable == 74_498 and result.adapter_bytes <= 302_000
     assert result.accuracy_before < 0.6 and result.accuracy_after >= 0.94
-    found = predict(tmp_path / "out", ["You have won a prize, call now", "See you at lunch"])
+    found = predict(
+        tmp_path / "out", ["You have won a prize. Call 09061701461 to claim", "See you at lunch"]
+    )
     assert [p.label for p in found] == ["spam", "ham"]
     merge_to(tmp_path / "out", tmp_path / "merged")
     transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
