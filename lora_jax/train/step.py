@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..adapter import Adapters
 from .data import Batch
 
-# apply(params, adapters, input_ids, attention_mask) -> logits
+# apply(params, adapters, *batch.inputs) -> logits
 Apply = Callable[..., Float[Array, "b classes"]]
 
 
@@ -133,12 +133,12 @@ def make_step(apply: Apply, tx: optax.GradientTransformation) -> Step:
     state is the old one and ``metrics.finite`` is false.
 
     Args:
-        apply: ``apply(params, adapters, input_ids, attention_mask)`` returns logits.
+        apply: ``apply(params, adapters, *batch.inputs)`` returns logits.
         tx: the optimizer.
     """
 
     def loss(adapters: Adapters, params: Any, batch: Batch) -> tuple[Array, Array]:
-        logits = apply(params, adapters, batch.input_ids, batch.attention_mask)
+        logits = apply(params, adapters, *batch.inputs)
         return cross_entropy(logits, batch.labels, batch.weights), logits
 
     @partial(jax.jit, donate_argnums=0)
@@ -167,7 +167,7 @@ def make_evaluate(apply: Apply) -> Evaluate:
 
     @jax.jit
     def evaluate(params: Any, adapters: Adapters, batch: Batch) -> Metrics:
-        logits = apply(params, adapters, batch.input_ids, batch.attention_mask)
+        logits = apply(params, adapters, *batch.inputs)
         value = cross_entropy(logits, batch.labels, batch.weights)
         return Metrics(value, *_count(logits, batch), _finite(value))
 
