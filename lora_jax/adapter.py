@@ -65,6 +65,8 @@ class Adapter:
         scale: ``alpha / r`` or what the configuration makes of them.
         axes: one letter for each axis of the weight, see the legend of this module.
         dropout: probability of dropping an input of the low-rank path, where a key is given.
+        materialize: whether ``W + scale·A·B`` may be formed where a use of W has no rule.
+        columns: the range of the weight's first ``o`` axis that B covers; None for all of it.
     """
 
     a: Float[Array, "*stacked_in r"]
@@ -72,6 +74,8 @@ class Adapter:
     scale: int | float = field(metadata=dict(static=True))
     axes: str = field(default="io", metadata=dict(static=True))
     dropout: int | float = field(default=0.0, metadata=dict(static=True))
+    materialize: bool = field(default=False, metadata=dict(static=True))
+    columns: tuple[int, int] | None = field(default=None, metadata=dict(static=True))
 
 
 @_pytree
@@ -107,6 +111,21 @@ def b_shape(shape: tuple[int, ...], axes: str, r: int) -> tuple[int, ...]:
     return (*pick(shape, axes, STACKED), r, *pick(shape, axes, OUT))
 
 
+def part_shape(
+    shape: tuple[int, ...], axes: str, columns: tuple[int, int] | None
+) -> tuple[int, ...]:
+    """Return a weight's shape with only these columns of its first ``o`` axis.
+
+    >>> part_shape((30, 96), "io", (32, 96))
+    (30, 64)
+    """
+    if columns is None:
+        return shape
+    axis = axes.index(OUT)
+    size = columns[1] - columns[0] if columns[1] <= shape[axis] else 0
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
 def pick(shape: tuple[int, ...], axes: str, letter: str) -> tuple[int, ...]:
     """Return the sizes of the axes that carry this letter."""
     return tuple(size for size, axis in zip(shape, axes, strict=True) if axis == letter)
@@ -130,11 +149,12 @@ def check_fit(params: Any, adapters: Adapters) -> None:
     """
     leaves = paths.flatten(params)
     problems = []
-    for path, adapter in adapters.items():
+    for name, adapter in adapters.items():
+        path = paths.parameter_of(name)
         if path not in leaves:
             problems.append(f"{path}: no such parameter")
         else:
-            problems += _misfits(path, adapter, tuple(leaves[path].shape))
+            problems += _misfits(name, adapter, tuple(leaves[path].shape))
     raise_all(AdapterError, "these adapters do not fit the parameters", problems)
 
 
@@ -144,6 +164,11 @@ def _misfits(path: str, adapter: Adapter | Full, shape: tuple[int, ...]) -> list
         return [] if got == shape else [f"{path}: got {got}, wanted {shape}"]
     if len(adapter.axes) != len(shape) or set(adapter.axes) - {STACKED, IN, OUT}:
         return [f"{path}: got axes {adapter.axes!r}, wanted a letter of 'sio' for each of {shape}"]
+    shape = part_shape(shape, adapter.axes, adapter.columns)
+    if min(shape, default=1) < 1 or path != paths.part_name(
+        paths.parameter_of(path), adapter.columns
+    ):
+        return [f"{path}: got columns {adapter.columns}, which do not fit the name or the weight"]
     r = rank(adapter)
     wanted = {"A": a_shape(shape, adapter.axes, r), "B": b_shape(shape, adapter.axes, r)}
     got = {"A": tuple(adapter.a.shape), "B": tuple(adapter.b.shape)}

@@ -15,7 +15,7 @@ ALL_LINEAR = "all-linear"
 # PEFT finds the output head through the model class; a pytree has only names.
 OUTPUT_HEADS = ("lm_head", "embed_out", "score", "classifier")
 
-T = TypeVar("T", int, int | float)
+T = TypeVar("T")
 
 BIASES = ("none", "all", "lora_only")
 
@@ -42,6 +42,12 @@ class LoraConfig:
         modules_to_save: names of modules trained in full and saved beside the adapters.
         bias: which biases are trained in full: ``"none"``, ``"all"``, or ``"lora_only"`` (those
             of adapted modules).
+        on_unsupported: what happens to a target whose use has no rule: ``"error"``, or
+            ``"materialize"``, which forms ``W + s·A·B`` there, correct and slow; names or one
+            regular expression allow it for these modules alone. Not a field of PEFT's.
+        output_slices: for modules whose kernel is several projections side by side, by
+            module-name pattern: the ranges of the output axis that are adapted, with a pair
+            for each: ``{"c_attn": [(0, 768), (1536, 2304)]}``. Not a field of PEFT's.
 
     Raises:
         ConfigError: lists every field that is out of range.
@@ -64,9 +70,12 @@ class LoraConfig:
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
+    on_unsupported: str | Sequence[str] = "error"
+    output_slices: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = ("target_modules", "exclude_modules", "modules_to_save", "on_unsupported")
+        for name in names:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
@@ -88,6 +97,18 @@ def rank_and_alpha(config: LoraConfig, module: str) -> tuple[int, int | float]:
         _first_hit(config.rank_pattern, module, config.r),
         _first_hit(config.alpha_pattern, module, config.lora_alpha),
     )
+
+
+def materializes(config: LoraConfig, module: str) -> bool:
+    """Tell whether ``W + s·A·B`` may be formed where a use of this module has no rule."""
+    if config.on_unsupported in ("error", "materialize"):
+        return config.on_unsupported == "materialize"
+    return matches(config.on_unsupported, module)
+
+
+def slices(config: LoraConfig, module: str) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of the output axis that are adapted; empty for all of it."""
+    return tuple(map(tuple, _first_hit(config.output_slices, module, ())))  # pyright: ignore
 
 
 def hits(pattern: str, module: str) -> bool:
@@ -151,9 +172,24 @@ def _problems(config: LoraConfig) -> list[str]:
         found.append(f"bias: got {config.bias!r}, wanted one of {', '.join(BIASES)}")
     if isinstance(config.modules_to_save, str):
         found.append(f"modules_to_save: got {config.modules_to_save!r}, wanted a list of names")
-    patterns = [*config.rank_pattern, *config.alpha_pattern]
-    patterns += [n for n in (config.target_modules, config.exclude_modules) if isinstance(n, str)]
+    found += [
+        f"output_slices[{key!r}]: got {given!r}, wanted ranges (start, stop) that do not overlap"
+        for key, given in config.output_slices.items()
+        if not _are_ranges(given)
+    ]
+    patterns = [*config.rank_pattern, *config.alpha_pattern, *config.output_slices]
+    names = (config.target_modules, config.exclude_modules, config.on_unsupported)
+    patterns += [n for n in names if isinstance(n, str)]
     return found + [problem for pattern in patterns if (problem := _regex_problem(pattern))]
+
+
+def _are_ranges(given: Sequence[tuple[int, int]]) -> bool:
+    try:
+        ends = [int(end) for start, stop in sorted(given) for end in (start, stop)]
+    except (TypeError, ValueError):
+        return False
+    starts_below_stops = all(a < b for a, b in zip(ends[::2], ends[1::2], strict=True))
+    return bool(ends) and ends[0] >= 0 and starts_below_stops and ends == sorted(ends)
 
 
 def _regex_problem(pattern: str) -> str | None:

@@ -63,6 +63,19 @@ def orthogonal(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int)
     return left @ q[:, 0::2] / 10, q[:, 1::2].swapaxes(1, 2) @ right / 10
 
 
+def embedding(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
+    """Return ``A = 0`` and ``B ~ N(0, 1)``: what PEFT gives a weight whose rows are looked up."""
+    b = jax.random.normal(key, (stacked, r, out), jnp.float32)
+    return jnp.zeros((stacked, fan_in, r), jnp.float32), b
+
+
+def embedding_both(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
+    """Return A and B from ``N(0, 1)``: PEFT's ``False`` for a weight whose rows are looked up."""
+    for_a, for_b = jax.random.split(key)
+    a = jax.random.normal(for_a, (stacked, fan_in, r), jnp.float32)
+    return a, jax.random.normal(for_b, (stacked, r, out), jnp.float32)
+
+
 INITIALIZERS: dict[bool | str, Initializer] = {
     True: kaiming_uniform,
     False: both_random,
@@ -70,7 +83,14 @@ INITIALIZERS: dict[bool | str, Initializer] = {
     "kaiming_uniform_rank": kaiming_uniform_rank,
     "gaussian": gaussian,
     "orthogonal": orthogonal,
+    "embedding": embedding,
+    "embedding_both": embedding_both,
 }
+
+
+def for_lookup(init: bool | str) -> str:
+    """Return the initialiser of a weight whose rows are looked up, whatever the others get."""
+    return "embedding_both" if init is False else "embedding"
 
 
 def draw(

@@ -111,6 +111,40 @@ def add(y: Inexact[Array, "*out"], addend: Inexact[Array, "*out"]) -> Inexact[Ar
     return (y.astype(wide) + addend.astype(wide)).astype(y.dtype)
 
 
+def joined(adapters: Sequence[Adapter], shape: Sequence[int]) -> Adapter:
+    """Return one adapter for several of one weight, each for its columns or for all.
+
+    ``Σ sᵢ·AᵢBᵢ = [s₁A₁ s₂A₂ …]·[B₁; B₂; …]``, each Bᵢ filled up with zeros to all columns.
+
+    >>> import jax.numpy as jnp
+    >>> one = Adapter(jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, columns=(0, 4))
+    >>> two = Adapter(jnp.ones((3, 1)), jnp.ones((1, 5)), 2.0, columns=(6, 11))
+    >>> whole = joined([one, two], (3, 11))
+    >>> whole.a.shape, whole.b.shape, delta(whole)[0].tolist()
+    ((3, 3), (3, 11), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    """
+    first = adapters[0]
+    if len(adapters) == 1 and first.columns is None:
+        return first
+    stacked, axis = first.axes.count(STACKED), first.axes.index(OUT)
+
+    def widened(adapter: Adapter) -> Array:
+        start, stop = adapter.columns or (0, shape[axis])
+        widths = [(0, 0)] * adapter.b.ndim
+        widths[stacked + 1] = (start, shape[axis] - stop)
+        return jnp.pad(adapter.b, widths)
+
+    same = len({adapter.scale for adapter in adapters}) == 1
+    a = [adapter.a if same else adapter.a * adapter.scale for adapter in adapters]
+    return replace(
+        first,
+        a=jnp.concatenate(a, axis=-1),
+        b=jnp.concatenate([widened(adapter) for adapter in adapters], axis=stacked),
+        scale=first.scale if same else 1.0,
+        columns=None,
+    )
+
+
 def delta(adapter: Adapter) -> Float[Array, "..."]:
     """Return ``ΔW = s·A·B`` in the weight's axis order, accumulated in at least float32.
 
@@ -133,7 +167,13 @@ def delta(adapter: Adapter) -> Float[Array, "..."]:
 
 def merged(weight: Inexact[Array, "*w"], adapter: Adapter) -> Inexact[Array, "*w"]:
     """Return ``W + s·A·B``, summed in at least float32 and rounded once to W's dtype."""
-    return add(weight, delta(adapter))
+    change = delta(adapter)
+    if adapter.columns is None:
+        return add(weight, change)
+    start, stop = adapter.columns
+    axis = adapter.axes.index(OUT)
+    old = lax.slice_in_dim(weight, start, stop, axis=axis)
+    return lax.dynamic_update_slice_in_dim(weight, add(old, change), start, axis)
 
 
 def dora_norm(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stacked_out"]:

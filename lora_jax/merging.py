@@ -28,13 +28,11 @@ def merge(params: Any, adapters: Adapters) -> Any:
     Array([2., 2.], dtype=float32)
     """
     check_fit(params, adapters)
-    leaves = paths.flatten(params)
-    return paths.replace(
-        params,
-        {
-            path: adapter.value
-            if isinstance(adapter, Full)
-            else lowrank.merged(leaves[path], adapter)
-            for path, adapter in adapters.items()
-        },
-    )
+    leaves, changed = paths.flatten(params), {}
+    for name, adapter in adapters.items():
+        path = paths.parameter_of(name)
+        if isinstance(adapter, Full):
+            changed[path] = adapter.value
+        else:
+            changed[path] = lowrank.merged(changed.get(path, leaves[path]), adapter)
+    return paths.replace(params, changed)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ SEPARATOR = "."
 
 # What frameworks call the weight inside its module; a path that ends so has a module name.
 BIAS_NAMES = frozenset({"bias", "b"})
+_PART = re.compile(r"\[\d+:\d+\]$")
 _LEAF_NAMES = frozenset({"kernel", "weight", "w", "embedding", "scale"}) | BIAS_NAMES
 
 
@@ -53,6 +55,20 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: leaves.get(path_of(keys), leaf), tree
     )
+
+
+def part_name(path: str, columns: tuple[int, int] | None) -> str:
+    """Return the name of the adapter for a range of a parameter's output axis.
+
+    >>> part_name("c_attn.kernel", (0, 768)), parameter_of("c_attn.kernel[0:768]")
+    ('c_attn.kernel[0:768]', 'c_attn.kernel')
+    """
+    return path if columns is None else f"{path}[{columns[0]}:{columns[1]}]"
+
+
+def parameter_of(name: str) -> str:
+    """Return the path of the parameter that an adapter of this name belongs to."""
+    return _PART.sub("", name)
 
 
 def leaf_name(path: str) -> str:

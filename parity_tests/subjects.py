@@ -32,6 +32,9 @@ class Subject:
     sites: int = 1
     dense_gradient: bool = False
     half: bool = field(default=False, kw_only=True)
+    materialized: bool = field(default=False, kw_only=True)
+    vmaps: bool = field(default=True, kw_only=True)
+    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __str__(self) -> str:
         return self.name

@@ -29,6 +29,8 @@ CONVENTIONS = {
     "gaussian": (None, True),
     False: (1 / math.sqrt(40), False),
     "orthogonal": (None, False),
+    "embedding": (None, False),
+    "embedding_both": (None, False),
 }
 
 
@@ -46,7 +48,10 @@ def test_initialisers_keep_their_convention(name):
         assert abs(float(a.std()) * 6 - 1) < 0.02
     if name is False:
         assert 0.99 / math.sqrt(6) < float(jnp.abs(b).max()) <= 1 / math.sqrt(6)
-    assert not np.array_equal(a[0], a[1]), "stacked pairs must not share one draw"
+    if str(name).startswith("embedding"):
+        assert abs(float(b.std()) - 1) < 0.02 and bool((a == 0).all()) == (name == "embedding")
+    drawn = b if name == "embedding" else a
+    assert not np.array_equal(drawn[0], drawn[1]), "stacked pairs must not share one draw"
 
 
 def test_kaiming_is_jax_and_torch_variance_scaling():

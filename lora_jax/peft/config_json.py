@@ -61,7 +61,10 @@ _FREE = {
 # The names that PEFT itself accepts; ours beyond them are PEFT's default once drawn.
 _PEFT_INITS = (True, False, "gaussian", "orthogonal")
 
-_OWN = tuple(field.name for field in dataclasses.fields(LoraConfig))
+# What only this library knows: it changes how the numbers are formed, or has no place in the file.
+_LOCAL = ("on_unsupported", "output_slices")
+
+_OWN = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _LOCAL)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 
 from . import weight as weights
 from .interpret import Call, Record, base_of, interpret
@@ -41,30 +43,101 @@ def remat(call: Call, *operands: Any) -> list[Any]:
 def scan(call: Call, *operands: Any) -> list[Any]:
     """Scan over base, A and B together; a weight that is not scanned over is closed over."""
     num_consts, num_carry = _scan_counts(call)
-    consts = operands[:num_consts]
-    init = list(operands[num_consts : num_consts + num_carry])
+    consts, init = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs = operands[num_consts + num_carry :]
-    if any(isinstance(value, LoraWeight) for value in init):
-        raise Unsupported("the weight is carried from step to step")
+    carry = _Carry(call.jaxpr.jaxpr, num_consts, init)
 
     key = call.record.dropout_key
     keys = None if key is None else jax.random.split(key, call.params["length"])
 
-    def body(carry: list[Any], step: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+    def body(carried: list[Any], step: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         slices, step_key = step
         steps = [
             weights.step(x, *part) if isinstance(x, LoraWeight) else part
             for x, part in zip(xs, slices, strict=True)
         ]
-        outs = call.interpret(call.jaxpr, *consts, *carry, *steps, dropout_key=step_key)
-        if any(isinstance(out, LoraWeight) for out in outs):
-            raise Unsupported("the loop returns the weight")
-        return outs[:num_carry], outs[num_carry:]
+        whole = carry.whole(carried)
+        outs = call.interpret(call.jaxpr, *consts, *whole, *steps, dropout_key=step_key)
+        _refuse_weights(outs[num_carry:], "the loop returns the weight")
+        return carry.moving(outs[:num_carry]), outs[num_carry:]
 
     parts = [weights.split(x) if isinstance(x, LoraWeight) else x for x in xs]
     options = {name: call.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(body, init, (parts, keys), **options)
-    return [*carry, *ys]
+    carried, ys = lax.scan(body, carry.moving(init), (parts, keys), **options)
+    return [*carry.whole(carried), *ys]
+
+
+@rule("while")
+def while_(call: Call, *operands: Any) -> list[Any]:
+    """Close over the weights of condition and body; carry what the loop changes."""
+    cond_consts, body_consts = call.params["cond_nconsts"], call.params["body_nconsts"]
+    for_cond, rest = operands[:cond_consts], operands[cond_consts:]
+    for_body, init = rest[:body_consts], rest[body_consts:]
+    carry = _Carry(call.params["body_jaxpr"].jaxpr, body_consts, init)
+
+    def condition(carried: list[Any]) -> Any:
+        whole = carry.whole(carried)
+        return call.interpret(call.params["cond_jaxpr"], *for_cond, *whole)[0]
+
+    def body(carried: list[Any]) -> list[Any]:
+        whole = carry.whole(carried)
+        return carry.moving(call.interpret(call.params["body_jaxpr"], *for_body, *whole))
+
+    return carry.whole(lax.while_loop(condition, body, carry.moving(init)))
+
+
+@rule("cond")
+def cond(call: Call, index: Any, *operands: Any) -> list[Any]:
+    """Interpret every branch; the weights are closed over."""
+    if isinstance(index, LoraWeight):
+        raise Unsupported("the weight decides which branch is taken")
+    moving = [None if isinstance(value, LoraWeight) else value for value in operands]
+
+    def branch(closed: core.ClosedJaxpr) -> Any:
+        def run(moving: list[Any]) -> list[Any]:
+            values = [
+                value if isinstance(value, LoraWeight) else moved
+                for value, moved in zip(operands, moving, strict=True)
+            ]
+            outs = call.interpret(closed, *values)
+            _refuse_weights(outs, "a branch returns the weight")
+            return outs
+
+        return run
+
+    return lax.switch(index, [branch(closed) for closed in call.params["branches"]], moving)
+
+
+@rule("shard_map")
+def shard_map(call: Call, *operands: Any) -> list[Any]:
+    """Map over the shards of base, A and B; A and B are sharded as the weight's axes are."""
+    specs = [
+        weights.specs(value, spec) if isinstance(value, LoraWeight) else spec
+        for value, spec in zip(operands, call.params["in_specs"], strict=True)
+    ]
+    # Inside, base, A and B have other shapes than the LoraWeight outside.
+    parts = [(v.base, v.a, v.b) if isinstance(v, LoraWeight) else v for v in operands]
+
+    def body(*parts: Any) -> tuple[Any, ...]:
+        local = [
+            replace(value, **dict(zip("base a b".split(), part, strict=True)))
+            if isinstance(value, LoraWeight)
+            else part
+            for value, part in zip(operands, parts, strict=True)
+        ]
+        outs = call.interpret(call.jaxpr, *local)
+        _refuse_weights(outs, "the shards' function returns the weight")
+        return tuple(outs)
+
+    mapped = jax.shard_map(
+        body,
+        mesh=call.params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=tuple(call.params["out_specs"]),
+        axis_names=set(call.params["newly_manual_axes"]),
+        check_vma=call.params["check_vma"],
+    )
+    return list(mapped(*parts))
 
 
 @rule("custom_jvp_call")
@@ -140,8 +213,44 @@ def _scan_counts(call: Call) -> tuple[int, int]:
     return call.params["num_consts"], call.params["num_carry"]
 
 
+@dataclass(frozen=True)
+class _Carry:
+    """What a loop carries, and the weights among it that its body hands on unchanged.
+
+    Such a weight is closed over instead; a body that changes one has no rule.
+    """
+
+    body: core.Jaxpr
+    num_consts: int
+    init: Sequence[Any]
+
+    @property
+    def fixed(self) -> dict[int, LoraWeight]:
+        """The weights, by their place in the carry."""
+        return {n: value for n, value in enumerate(self.init) if isinstance(value, LoraWeight)}
+
+    def whole(self, moving: Sequence[Any]) -> list[Any]:
+        """Return the carry with its weights."""
+        rest = iter(moving)
+        return [value if n in self.fixed else next(rest) for n, value in enumerate(self.init)]
+
+    def moving(self, whole: Sequence[Any]) -> list[Any]:
+        """Return the carry without its weights."""
+        for n in self.fixed:
+            if self.body.outvars[n] is not self.body.invars[self.num_consts + n]:
+                raise Unsupported("the loop changes the weight from step to step")
+        moving = [value for n, value in enumerate(whole) if n not in self.fixed]
+        _refuse_weights(moving, "the loop's carry becomes the weight")
+        return moving
+
+
+def _refuse_weights(values: Sequence[Any], why: str) -> None:
+    if any(isinstance(value, LoraWeight) for value in values):
+        raise Unsupported(why)
+
+
 def _refuse_dropout(call: Call, operands: tuple[Any, ...]) -> None:
-    dropping = any(isinstance(value, LoraWeight) and value.leaf.dropout for value in operands)
+    dropping = any(isinstance(value, LoraWeight) and value.dropout for value in operands)
     if dropping and call.record.dropout_key is not None:
         raise Unsupported("the author's derivative knows nothing of lora_dropout")
 

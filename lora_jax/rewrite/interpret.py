@@ -11,12 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.extend import core
+from jax.extend import core, source_info_util
 
+from .. import lowrank
+from ..adapter import Adapter
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
 from .registry import RULES, Unsupported
-from .weight import LoraWeight, use
+from .trace import canonical
+from .weight import LoraWeight, dense, use, window_axes
 
 # Under `disable_jit` these are opened as well, so that execution really is op by op.
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "scan")
@@ -30,11 +33,13 @@ class Site:
         primitive: the primitive's name.
         letters: the letter that this use gives each axis of the parameter.
         dense_gradient: whether an author's derivative around it forms the full ``dW``.
+        window: the parameter's axes that slide over the input.
     """
 
     primitive: str
     letters: str
     dense_gradient: bool = False
+    window: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -42,12 +47,21 @@ class Record:
     """What one interpretation met, by the parameter's path and by the equation's identity.
 
     A loop body may be traced more than once; the identity keeps its sites from counting twice.
-    ``dropout_key`` is the random key of this interpretation, None for no dropout.
+
+    Args:
+        sites: where a parameter is used.
+        rejected: where it is used in a way that has no rule, and why.
+        together: the parameters that cannot both be adapted, and why.
+        formed: the paths whose ``W + s·A·B`` was formed.
+        keep_alive: the equations, so that their identities stay theirs.
+        dropout_key: the random key of this interpretation, None for no dropout.
     """
 
     sites: dict[str, dict[int, Site]] = field(default_factory=dict)
     rejected: dict[str, dict[int, str]] = field(default_factory=dict)
     keep_alive: list[Any] = field(default_factory=list)
+    together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
+    formed: set[str] = field(default_factory=set)
     dropout_key: Any = None
 
     def raise_rejected(self) -> None:
@@ -84,20 +98,36 @@ class Call:
         """The shape of the primitive's one output."""
         return self.eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
 
-    def site(self, weight: LoraWeight, contracted: Sequence[int], batch: Sequence[int]) -> None:
-        """Record that this equation is a site of the weight, or raise ``Unsupported``."""
-        letters = use(weight, contracted, batch)
-        site = Site(self.eqn.primitive.name, letters, self.dense_gradient)
-        self.record.sites.setdefault(weight.leaf.path, {})[id(self.eqn)] = site
+    def site(
+        self,
+        weight: LoraWeight,
+        contracted: Sequence[int],
+        batch: Sequence[int] = (),
+        window: Sequence[int] = (),
+    ) -> None:
+        """Record that this equation is a site of the weight, or raise ``Unsupported``.
+
+        The arguments are those of ``use``.
+        """
+        found = use(weight, contracted, batch, window)
+        for n, leaf in enumerate(weight.leaves):
+            slides = window_axes(weight, window, n)
+            site = Site(self.eqn.primitive.name, found[leaf.path], self.dense_gradient, slides)
+            self.record.sites.setdefault(leaf.path, {})[id(self.eqn)] = site
         self.record.keep_alive.append(self.eqn)
 
-    def dropout_key(self, weight: LoraWeight) -> Any:
-        """Return the random key of this site, None where nothing is dropped."""
-        key = self.record.dropout_key
-        if key is None or not weight.leaf.dropout:
-            return None
-        number = list(self.record.sites[weight.leaf.path]).index(id(self.eqn))
-        return jax.random.fold_in(fold_in_path(key, weight.leaf.path), number)
+    def reject_together(self, one: LoraWeight, other: LoraWeight, why: Unsupported) -> None:
+        """Record that not both weights can be adapted."""
+        said = f"{self.eqn.primitive.name}: {why} ({_source(self.eqn)})"
+        self.record.together.append((set(one.paths), set(other.paths), said))
+
+    def dropped(self, x: Any, weight: LoraWeight, adapter: Adapter) -> tuple[Any, Adapter]:
+        """Return what this site feeds the low-rank path: x after dropout, and its adapter."""
+        key, path = self.record.dropout_key, weight.paths[0]
+        if key is None or not adapter.dropout:
+            return x, adapter
+        number = list(self.record.sites[path]).index(id(self.eqn))
+        return lowrank.drop(x, adapter, jax.random.fold_in(fold_in_path(key, path), number))
 
     def interpret(
         self,
@@ -127,7 +157,7 @@ def interpret(
 ) -> list[Any]:
     """Return the jaxpr's outputs for operands of which some are ``LoraWeight``."""
     jaxpr = closed.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(canonical, closed.consts), strict=True))
     env |= dict(zip(jaxpr.invars, operands, strict=True))
     last_use = _last_use(jaxpr)
     pending: list[core.JaxprEqn] = []
@@ -171,12 +201,38 @@ def _apply(call: Call, operands: list[Any]) -> list[Any]:
             raise Unsupported("there is no rule for it")
         outs = RULES[name](call, *operands)
     except Unsupported as why:
-        for weight in filter(_is_weight, operands):
-            rejected = call.record.rejected.setdefault(weight.leaf.path, {})
-            rejected[id(call.eqn)] = f"{name} of shape {tuple(weight.base.shape)}: {why}"
-        call.record.keep_alive.append(call.eqn)
-        outs = call.plain(*map(base_of, operands))
+        formed = [_formed(call.record, value) for value in operands]
+        if any(map(_is_weight, formed)) and any(map(_differ, formed, operands)):
+            return _apply(call, formed)
+        for weight in filter(_is_weight, formed):
+            _reject(call, weight, why)
+        outs = call.plain(*map(base_of, formed))
     return list(outs) if call.eqn.primitive.multiple_results else [outs]
+
+
+def _formed(record: Record, value: Any) -> Any:
+    """Return ``W + s·A·B`` where the plan lets it be formed."""
+    if not _is_weight(value) or not all(leaf.materialize for leaf in value.leaves):
+        return value
+    record.formed.update(value.paths)
+    return dense(value)
+
+
+def _differ(one: Any, two: Any) -> bool:
+    return one is not two
+
+
+def _reject(call: Call, weight: LoraWeight, why: Unsupported) -> None:
+    shape = tuple(weight.base.shape)
+    said = f"{call.eqn.primitive.name} of shape {shape}: {why} ({_source(call.eqn)})"
+    for path in weight.paths:
+        call.record.rejected.setdefault(path, {})[id(call.eqn)] = said
+    call.record.keep_alive.append(call.eqn)
+
+
+def _source(eqn: core.JaxprEqn) -> str:
+    """Return file and line of the author's code that an equation came from."""
+    return source_info_util.summarize(eqn.source_info)
 
 
 def _run(

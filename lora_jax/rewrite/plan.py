@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -14,10 +14,10 @@ from jaxtyping import Array, Key
 
 from .. import config as configs
 from .. import paths
-from ..adapter import Adapter, Full, a_shape, b_shape
+from ..adapter import IN, OUT, Adapter, Full, a_shape, b_shape, part_shape
 from ..config import LoraConfig
 from ..errors import ConfigError, raise_all
-from ..initializers import draw, fold_in_path, init_problems
+from ..initializers import draw, fold_in_path, for_lookup, init_problems
 from . import select
 from .interpret import Record, Site, interpret
 from .table import render
@@ -39,16 +39,39 @@ class LeafPlan:
         axes: the adapter's ``axes``, read from the primitives that use the weight.
         sites: how many primitives use the weight.
         dense_gradient: an author's own derivative forms the full ``dW`` of this weight.
+        primitives: the primitives that use the weight, each once.
+        window: the axes that slide over the input, as those of a convolution's kernel do.
+        materialized: why ``W + s·A·B`` is formed; empty where it is not.
+        columns: the range of the first ``o`` axis that is adapted; None for all of it.
     """
 
     path: str
     shape: tuple[int, ...]
-    why: str
+    why: str = ""
     r: int = 0
     scale: float | int = 0.0
     axes: str = ""
     sites: int = 0
     dense_gradient: bool = False
+    primitives: tuple[str, ...] = ()
+    window: frozenset[int] = frozenset()
+    materialized: str = ""
+    columns: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The adapter's name: the path, and the range of columns if there is one."""
+        return paths.part_name(self.path, self.columns)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape of the part of the parameter that is adapted."""
+        return part_shape(self.shape, self.axes, self.columns)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the weight's rows are looked up, as those of an embedding are."""
+        return "gather" in self.primitives
 
     @property
     def adapted(self) -> bool:
@@ -58,12 +81,17 @@ class LeafPlan:
     @property
     def a_shape(self) -> tuple[int, ...]:
         """The shape of A."""
-        return a_shape(self.shape, self.axes, self.r)
+        return a_shape(self.part_shape, self.axes, self.r)
 
     @property
     def b_shape(self) -> tuple[int, ...]:
         """The shape of B."""
-        return b_shape(self.shape, self.axes, self.r)
+        return b_shape(self.part_shape, self.axes, self.r)
+
+    def adapter(self, a: Any, b: Any, dropout: int | float = 0.0) -> Adapter:
+        """Return the adapter that this A and B are."""
+        formed = bool(self.materialized)
+        return Adapter(a, b, self.scale, self.axes, dropout, formed, self.columns)
 
     @property
     def trained(self) -> int:
@@ -103,7 +131,8 @@ class Plan:
     @property
     def base(self) -> int:
         """The number of values in the model's parameters."""
-        return sum(math.prod(leaf.shape) for leaf in self.leaves)
+        shapes = {leaf.path: leaf.shape for leaf in self.leaves}
+        return sum(map(math.prod, shapes.values()))
 
     def init(
         self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32
@@ -119,9 +148,10 @@ class Plan:
         """
         adapters: dict[str, Adapter | Full] = {}
         for leaf in self.adapted:
-            init, own = self.config.init_lora_weights, fold_in_path(key, leaf.path)
-            a, b = draw(own, init, leaf.shape, leaf.axes, leaf.r, dtype)
-            adapters[leaf.path] = Adapter(a, b, leaf.scale, leaf.axes, self.config.lora_dropout)
+            init, own = self.config.init_lora_weights, fold_in_path(key, leaf.name)
+            init = for_lookup(init) if leaf.looked_up else init
+            a, b = draw(own, init, leaf.part_shape, leaf.axes, leaf.r, dtype)
+            adapters[leaf.name] = leaf.adapter(a, b, self.config.lora_dropout)
         copies = {path: Full(jnp.array(value, copy=True)) for path, value in self.full.items()}
         return adapters | copies
 
@@ -163,10 +193,15 @@ def plan(
     leaves = {path: leaf for path, leaf in paths.flatten(params).items() if is_array(leaf)}
     record = _survey(fn, params, args, kwargs)
     targets = select.targets(config, leaves, record)
+    select.reject_pairs(targets, record)
     saved = select.saved(config, leaves, targets)
     select.check(config, targets, leaves, record)
-    rows = tuple(_decide(config, path, leaves, targets, saved, record) for path in leaves)
-    _check_inits(config, tuple(row for row in rows if row.adapted))
+    rows = tuple(
+        row for path in leaves for row in _decide(config, path, leaves, targets, saved, record)
+    )
+    adapted = tuple(row for row in rows if row.adapted)
+    _check_slices(adapted)
+    _check_inits(config, adapted)
     return Plan(config, rows, {path: leaves[path] for path in leaves if path in saved})
 
 
@@ -187,11 +222,15 @@ def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Reco
     with jax.disable_jit(False):
         jax.eval_shape(run, *traced.operands)
     for path, sites in record.sites.items():
-        uses = [site.letters for site in sites.values()]
-        if odd := [use for use in uses if not same_use(use, uses[0])]:
-            problem = f"used with axes {uses[0]!r} and with axes {odd[0]!r}"
+        first, *others = sites.values()
+        if odd := [one.letters for one in others if not _fit(first, one)]:
+            problem = f"used with axes {first.letters!r} and with axes {odd[0]!r}"
             record.rejected.setdefault(path, {})[0] = problem
     return record
+
+
+def _fit(one: Site, other: Site) -> bool:
+    return same_use(one.letters, other.letters, one.window | other.window)
 
 
 def _decide(
@@ -201,23 +240,48 @@ def _decide(
     targets: set[str],
     saved: set[str],
     record: Record,
-) -> LeafPlan:
-    shape = tuple(leaves[path].shape)
-    sites: Mapping[int, Site] = record.sites.get(path, {})
-    axes = next((site.letters for site in sites.values()), "")
-    if path not in targets:
-        why = TRAINED if path in saved else select.reason(config, path, leaves[path], record)
-        return LeafPlan(path, shape, why, axes=axes, sites=len(sites))
-    r, alpha = configs.rank_and_alpha(config, paths.module_of(path))
-    return LeafPlan(
+) -> list[LeafPlan]:
+    shape, module = tuple(leaves[path].shape), paths.module_of(path)
+    sites = list(record.sites.get(path, {}).values())
+    # PEFT's A belongs to the vocabulary, whichever use of a tied embedding comes first.
+    sites.sort(key=lambda site: site.primitive != "gather")
+    seen = LeafPlan(
         path,
         shape,
-        "adapted",
-        r,
-        configs.scale(config, r, alpha),
-        axes,
-        len(sites),
-        any(site.dense_gradient for site in sites.values()),
+        axes=sites[0].letters if sites else "",
+        sites=len(sites),
+        primitives=tuple(dict.fromkeys(site.primitive for site in sites)),
+        window=frozenset().union(*(site.window for site in sites)),
+    )
+    if path not in targets:
+        why = TRAINED if path in saved else select.reason(config, path, leaves[path], record)
+        return [replace(seen, why=why)]
+    refused = record.rejected.get(path, {})
+    r, alpha = configs.rank_and_alpha(config, module)
+    whole = replace(
+        seen,
+        why="adapted",
+        r=r,
+        scale=configs.scale(config, r, alpha),
+        # Used by no product, only as it is: any letters do, and these are a kernel's.
+        axes=seen.axes or IN * (len(shape) - 1) + OUT,
+        dense_gradient=any(site.dense_gradient for site in sites),
+        materialized=next(iter(refused.values()), ""),
+    )
+    ranges = configs.slices(config, module) or (None,)
+    return [replace(whole, columns=columns) for columns in ranges]
+
+
+def _check_slices(rows: tuple[LeafPlan, ...]) -> None:
+    raise_all(
+        ConfigError,
+        "these output_slices do not fit",
+        (
+            f"{row.path}: got columns {row.columns}, wanted a range within the first output axis "
+            f"of {row.shape} {row.axes}"
+            for row in rows
+            if row.columns and (OUT not in row.axes or min(row.part_shape) < 1)
+        ),
     )
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .. import lowrank
+from jax import lax
+
+from .. import contractions, lowrank
+from ..adapter import STACKED
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
-from .weight import LoraWeight, adapter_at
+from .weight import LoraWeight, adapter_at, mirror
 
 
 @rule("dot_general")
 def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     """``x·W + s·(x·A)·B``, the axes read from ``dimension_numbers``, W on either side."""
     if isinstance(lhs, LoraWeight) and isinstance(rhs, LoraWeight):
+        why = Unsupported("two adapted weights are multiplied with each other")
         if not lhs.planning:
-            raise Unsupported("two adapted weights are multiplied with each other")
+            raise why
         # While planning every matrix is followed, and either may be the data of the other.
+        call.reject_together(lhs, rhs, why)
         dot_general(call, lhs, rhs.base)
         return dot_general(call, lhs.base, rhs)
     weight_first = isinstance(lhs, LoraWeight)
@@ -28,10 +34,7 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     y = call.plain(base_of(lhs), base_of(rhs))
     if weight.planning:
         return y
-    adapter = adapter_at(weight, contract[1], batch[1])
-    key = call.dropout_key(weight)
-    if key is not None:
-        x, adapter = lowrank.drop(x, adapter, key)
+    x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
     addend = lowrank.dot(
         x,
         adapter,
@@ -41,3 +44,122 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
         precision=call.params["precision"],
     )
     return lowrank.add(y, addend)
+
+
+@rule("conv_general_dilated")
+def conv_general_dilated(call: Call, x: Any, kernel: Any) -> Any:
+    """``x∗W + s·(x∗A)·B``: A takes window and input channels, B the output channels."""
+    if isinstance(x, LoraWeight):
+        raise Unsupported("the weight is what a convolution runs over")
+    spec, groups = call.params["dimension_numbers"], call.params["feature_group_count"]
+    if call.params["batch_group_count"] > 1:
+        raise Unsupported("the batch is grouped, as in the gradient of a grouped convolution")
+    # Used the other way round, the channels that are summed over are the adapter's out axis.
+    window = spec.rhs_spec[2:]
+    call.site(kernel, spec.rhs_spec[1:], window=window)
+    y = call.plain(x, kernel.base)
+    if kernel.planning:
+        return y
+    adapter = adapter_at(kernel, spec.rhs_spec[1:])
+    if groups > 1 and adapter.axes[spec.rhs_spec[0]] != "o":
+        raise Unsupported("a grouped kernel is used the other way round")
+    x, adapter = call.dropped(x, kernel, adapter)
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+    options = {name: call.params[name] for name in names}
+    return lowrank.add(y, contractions.conv(x, adapter, spec, groups, options))
+
+
+@rule("ragged_dot_general")
+def ragged_dot_general(call: Call, x: Any, weight: Any, group_sizes: Any) -> Any:
+    """``x·W_g + s·(x·A_g)·B_g``, the rows of x sorted by their group g."""
+    numbers = call.params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    simple = isinstance(weight, LoraWeight) and len(groups) == 1 and len(contract[0]) == 1
+    if not simple or batch[0] or getattr(base_of(x), "ndim", 0) != 2 or isinstance(x, LoraWeight):
+        raise Unsupported("only rows sorted by group times one matrix for each group is supported")
+    call.site(weight, contract[1], groups)
+    y = call.plain(x, weight.base, group_sizes)
+    if weight.planning:
+        return y
+    x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], groups))
+    addend = contractions.ragged_dot(
+        x,
+        adapter,
+        group_sizes,
+        contract[0][0],
+        contract[1][0],
+        groups[0],
+        call.params["precision"],
+    )
+    return lowrank.add(y, addend)
+
+
+@rule("gather")
+def gather(call: Call, weight: Any, indices: Any) -> Any:
+    """``W[ids] + s·A[ids]·B`` for the rows of a matrix; of a stack of matrices, those at ids."""
+    if not isinstance(weight, LoraWeight):
+        raise Unsupported("the weight's values are used as indices")
+    numbers = call.params["dimension_numbers"]
+    axis = _looked_up(weight, numbers, call.params["slice_sizes"])
+    if weight.base.ndim == 2:
+        return _rows(call, weight, indices, axis)
+    batch = indices.ndim - 1
+    if numbers.offset_dims != tuple(range(batch, batch + weight.base.ndim - 1)):
+        raise Unsupported("the looked-up axis does not come first in the result")
+    if not weight.planning and weight.letters[axis] != STACKED:
+        raise Unsupported("an axis is looked up that its adapter does not stack")
+
+    def act(array: Any, at: Any) -> Any:
+        return _lookup(call, array, indices, at[axis])
+
+    moved = mirror(weight, act)
+    kept = [labels for n, labels in enumerate(weight.origin) if n != axis]
+    return replace(moved, origin=(weight.origin[axis],) * batch + tuple(kept))
+
+
+def _rows(call: Call, weight: LoraWeight, indices: Any, axis: int) -> Any:
+    call.site(weight, [axis])
+    y = call.plain(weight.base, indices)
+    if weight.planning:
+        return y
+    adapter = adapter_at(weight, [axis])
+    addend = contractions.take(adapter, axis, lambda factor, at: _lookup(call, factor, indices, at))
+    # The author's result has the kept axis where offset_dims say, the addend at the end.
+    place = call.params["dimension_numbers"].offset_dims[0]
+    order = [*range(addend.ndim - 1)]
+    order.insert(place, addend.ndim - 1)
+    return lowrank.add(y, lax.transpose(addend, order))
+
+
+def _looked_up(weight: LoraWeight, numbers: Any, sizes: Any) -> int:
+    """Return the one axis that the indices count along."""
+    whole = [n for n, size in enumerate(weight.base.shape) if sizes[n] == size]
+    one = numbers.collapsed_slice_dims
+    if (
+        numbers.operand_batching_dims
+        or len(one) != 1
+        or numbers.start_index_map != one
+        or {*whole, *one} != set(range(weight.base.ndim))
+    ):
+        raise Unsupported("other parts than whole rows are looked up")
+    return one[0]
+
+
+def _lookup(call: Call, array: Any, indices: Any, at: int) -> Any:
+    """Look the same ids up along an axis of another array; they come first in the result."""
+    batch = indices.ndim - 1
+    return lax.gather(
+        array,
+        indices,
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(batch, batch + array.ndim - 1)),
+            collapsed_slice_dims=(at,),
+            start_index_map=(at,),
+        ),
+        slice_sizes=tuple(1 if n == at else size for n, size in enumerate(array.shape)),
+        unique_indices=call.params["unique_indices"],
+        indices_are_sorted=call.params["indices_are_sorted"],
+        mode=call.params["mode"],
+        fill_value=call.params["fill_value"],
+    )

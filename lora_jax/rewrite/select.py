@@ -16,6 +16,8 @@ from .interpret import Record
 
 Leaves = Mapping[str, Any]
 
+_OTHER_KINDS = {"gather": "an embedding", "conv_general_dilated": "a convolution"}
+
 
 def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
     """Return the weights that the patterns name, biases and norms of their modules apart."""
@@ -28,7 +30,9 @@ def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
         named = {
             path
             for path in record.sites
-            if path not in record.rejected and not configs.is_output_head(paths.module_of(path))
+            if path not in record.rejected
+            and not configs.is_output_head(paths.module_of(path))
+            and not _other_kind(path, record)
         }
     else:
         named = {path for path in leaves if _named(config.target_modules, path)}
@@ -36,6 +40,14 @@ def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
     excluded = {path for path in named if _named(config.exclude_modules, path)}
     saved = {path for path in named if configs.is_saved(config, paths.module_of(path))}
     return {path for path in named - excluded - saved if could_adapt(leaves[path])}
+
+
+def reject_pairs(targets: set[str], record: Record) -> None:
+    """Record as rejected the targets that cannot both be adapted."""
+    for n, (one, other, why) in enumerate(record.together):
+        if one & targets and other & targets:
+            for path in (one | other) & targets:
+                record.rejected.setdefault(path, {})[-1 - n] = why
 
 
 def saved(config: LoraConfig, leaves: Leaves, targets: set[str]) -> set[str]:
@@ -70,12 +82,15 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
     )
     problems = []
     for path in sorted(targets):
+        if configs.materializes(config, paths.module_of(path)):
+            continue
         problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
         if path not in record.rejected and path not in record.sites:
             problems.append(f"{path}: the function never uses it")
     raise_all(
         PlanError,
-        "these targets are used in a way that has no rule (leave them out with exclude_modules)",
+        "these targets are used in a way that has no rule (leave them out with exclude_modules, or "
+        'form their W + AB with on_unsupported="materialize")',
         problems,
     )
 
@@ -90,8 +105,16 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
         return "no rule: " + next(iter(record.rejected[path].values()))
     if path not in record.sites:
         return "never used"
-    head = config.target_modules == ALL_LINEAR and configs.is_output_head(paths.module_of(path))
-    return "output head" if head else "not targeted"
+    if config.target_modules != ALL_LINEAR:
+        return "not targeted"
+    head = configs.is_output_head(paths.module_of(path))
+    return "output head" if head else _other_kind(path, record) or "not targeted"
+
+
+def _other_kind(path: str, record: Record) -> str:
+    """Return what a weight is if PEFT's ``all-linear`` does not mean it."""
+    used_by = {site.primitive for site in record.sites.get(path, {}).values()}
+    return next((kind for name, kind in _OTHER_KINDS.items() if name in used_by), "")
 
 
 def could_adapt(leaf: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
-from . import weight as weights
-from .interpret import Call
+from . import moves
+from .interpret import Call, base_of
 from .registry import Unsupported, rule
 from .weight import LoraWeight
 
@@ -16,7 +17,7 @@ from .weight import LoraWeight
 @rule("transpose")
 def transpose(call: Call, weight: LoraWeight) -> LoraWeight:
     """Permute the axes."""
-    return weights.transpose(weight, call.params["permutation"])
+    return moves.transpose(weight, call.params["permutation"])
 
 
 @rule("reshape", "squeeze", "expand_dims")
@@ -24,17 +25,94 @@ def reshape(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
     """Split or merge whole axes, add or drop size-1 axes; ``squeeze`` is one of these."""
     if call.params.get("dimensions") is not None and call.eqn.primitive.name == "reshape":
         raise Unsupported("the reshape also permutes axes")
-    return weights.reshape(weight, call.out_shape)
+    return moves.reshape(weight, call.out_shape)
 
 
 @rule("broadcast_in_dim")
 def broadcast_in_dim(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
-    """Add size-1 axes, which is how ``w[None]`` is traced."""
-    shape = call.params["shape"]
-    kept = [shape[axis] for axis in call.params["broadcast_dimensions"]]
-    if kept != list(weight.base.shape) or weight.base.size != math.prod(call.out_shape):
-        raise Unsupported("the weight is repeated")
-    return weights.reshape(weight, shape)
+    """Add axes, of size 1 as ``w[None]`` does, or larger ones along which the weight repeats."""
+    return moves.broadcast(weight, call.params["shape"], call.params["broadcast_dimensions"])
+
+
+@rule("slice")
+def slice_(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Take a range of each axis, as ``w[:, 3:7]`` and ``w[0]`` do."""
+    starts, limits = call.params["start_indices"], call.params["limit_indices"]
+    strides = call.params["strides"] or (1,) * len(starts)
+    cut = [n for n, size in enumerate(weight.base.shape) if call.out_shape[n] != size]
+    return moves.cut(
+        weight,
+        lambda array, at, axis: lax.slice_in_dim(
+            array, starts[axis], limits[axis], strides[axis], axis=at
+        ),
+        cut,
+    )
+
+
+@rule("dynamic_slice")
+def dynamic_slice(call: Call, weight: LoraWeight, *starts: Any) -> LoraWeight:
+    """Take a range that is only known at run time, as ``w[i]`` does in a loop."""
+    sizes = call.params["slice_sizes"]
+    cut = [n for n, size in enumerate(weight.base.shape) if sizes[n] != size]
+    return moves.cut(
+        weight,
+        lambda array, at, axis: lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], axis=at),
+        cut,
+    )
+
+
+@rule("split")
+def split(call: Call, weight: LoraWeight) -> list[LoraWeight]:
+    """Cut an axis into parts, as a fused kernel of query, key and value is."""
+    axis, start, parts = call.params["axis"], 0, []
+    for size in map(int, call.params["sizes"]):
+
+        def part(array: Any, at: int, axis: int, start: int = start, size: int = size) -> Any:
+            return lax.slice_in_dim(array, start, start + size, axis=at)
+
+        parts.append(moves.cut(weight, part, [axis]))
+        start += size
+    return parts
+
+
+@rule("unstack")
+def unstack(call: Call, weight: LoraWeight) -> list[LoraWeight]:
+    """Take every index of an axis."""
+    axis, shape = call.params["axis"], weight.base.shape
+    kept = (*shape[:axis], *shape[axis + 1 :])
+
+    def one(index: int) -> LoraWeight:
+        return moves.reshape(
+            moves.cut(
+                weight,
+                lambda array, at, axis: lax.slice_in_dim(array, index, index + 1, axis=at),
+                [axis],
+            ),
+            kept,
+        )
+
+    return [one(index) for index in range(shape[axis])]
+
+
+@rule("concatenate")
+def concatenate(call: Call, *parts: Any) -> LoraWeight:
+    """Join weights, and arrays among them, into one."""
+    return moves.concatenate(parts, call.params["dimension"])
+
+
+@rule("stack")
+def stack(call: Call, *parts: Any) -> LoraWeight:
+    """Join weights along a new axis, as layers are for a scan."""
+    axis = call.params["axis"]
+    return moves.concatenate([_expanded(part, axis) for part in parts], axis)
+
+
+@rule("rev")
+def rev(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Turn axes around, as the gradient of a convolution does with its window."""
+    return moves.cut(
+        weight, lambda array, at, axis: lax.rev(array, (at,)), call.params["dimensions"]
+    )
 
 
 @rule("convert_element_type")
@@ -43,10 +121,75 @@ def convert_element_type(call: Call, weight: LoraWeight) -> LoraWeight:
     dtype = call.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise Unsupported(f"the weight is converted to {dtype}")
-    return weights.cast(weight, dtype)
+    return replace(weight, base=weight.base.astype(dtype))
 
 
 @rule("copy", "copy_p")
 def copy(call: Call, weight: LoraWeight) -> LoraWeight:
     """Nothing changes."""
     return weight
+
+
+@rule("stop_gradient")
+def stop_gradient(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Stop the gradient of W, A and B alike: what the author freezes does not learn here."""
+    stopped = [v if v is None else lax.stop_gradient(v) for v in (weight.base, weight.a, weight.b)]
+    return replace(weight, **dict(zip(("base", "a", "b"), stopped, strict=True)))
+
+
+@rule("optimization_barrier")
+def optimization_barrier(call: Call, *operands: Any) -> list[Any]:
+    """Hold the base back together with the other operands."""
+    return _on_bases(operands, call.plain(*map(base_of, operands)))
+
+
+@rule("sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast", "reduce_precision")
+def on_the_base(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Apply to the base what says where or how precisely it is kept."""
+    return replace(weight, base=call.plain(weight.base))
+
+
+@rule("neg")
+def neg(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Change the sign of W and B."""
+    return _scaled(weight, call.plain(weight.base), lambda b: -b)
+
+
+@rule("mul")
+def mul(call: Call, left: Any, right: Any) -> LoraWeight:
+    """Multiply W and B by one number."""
+    weight, number = (left, right) if isinstance(left, LoraWeight) else (right, left)
+    _require_number(number)
+    base = call.plain(*map(base_of, (left, right)))
+    return _scaled(weight, base, lambda b: b * jnp.asarray(number, b.dtype))
+
+
+@rule("div")
+def div(call: Call, weight: Any, number: Any) -> LoraWeight:
+    """Divide W and B by one number."""
+    _require_number(number)
+    base = call.plain(base_of(weight), number)
+    return _scaled(weight, base, lambda b: b / jnp.asarray(number, b.dtype))
+
+
+def _scaled(weight: LoraWeight, base: Any, act: Any) -> LoraWeight:
+    return replace(weight, base=base, b=None if weight.planning else act(weight.b))
+
+
+def _require_number(number: Any) -> None:
+    if isinstance(number, LoraWeight) or jnp.ndim(number):
+        raise Unsupported("the weight's elements are used one by one, not in a product")
+
+
+def _expanded(part: Any, axis: int) -> Any:
+    if isinstance(part, LoraWeight):
+        shape = part.base.shape
+        return moves.reshape(part, (*shape[:axis], 1, *shape[axis:]))
+    return lax.expand_dims(part, (axis,))
+
+
+def _on_bases(operands: Any, bases: Any) -> list[Any]:
+    return [
+        replace(old, base=new) if isinstance(old, LoraWeight) else new
+        for old, new in zip(operands, bases, strict=True)
+    ]

@@ -37,10 +37,11 @@ def totals(plan: Plan) -> str:
 
 def _row(leaf: LeafPlan) -> tuple[str, ...]:
     why = f"{leaf.why}, author's derivative forms dW" if leaf.dense_gradient else leaf.why
+    why += f", W + AB is formed: {leaf.materialized}" if leaf.materialized else ""
     if not leaf.adapted:
         return (leaf.path, str(leaf.shape), why, "", "", "", "", str(leaf.sites))
     return (
-        leaf.path,
+        leaf.name,
         f"{leaf.shape} {leaf.axes}",
         why,
         str(leaf.r),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from .. import paths
@@ -50,7 +52,7 @@ def trace(
         output["static"] = [None if is_array(out) else out for out in outs]
         return [out for out in outs if is_array(out)]
 
-    operands = [leaves[n] for n in places]
+    operands = [canonical(leaves[n]) for n in places]
     with jax.disable_jit(False):
         closed = jax.make_jaxpr(on_arrays)(*operands)
 
@@ -61,6 +63,11 @@ def trace(
 
     names = tuple(path for path, leaf in paths.flatten(params).items() if is_array(leaf))
     return Traced(closed, operands, names, rebuild)
+
+
+def canonical(value: Any) -> Any:
+    """Return NumPy's arrays in the dtype that JAX traces them in, int32 for int64 by default."""
+    return jnp.asarray(value) if isinstance(value, np.ndarray | np.generic) else value
 
 
 def is_array(leaf: Any) -> bool:

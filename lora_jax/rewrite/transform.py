@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .. import lowrank, paths
 from ..adapter import Adapter, Adapters, Full, check_fit
 from ..errors import AdapterError, raise_all
 from .interpret import Record, interpret
@@ -48,18 +49,23 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
         check_fit(params, adapters)
         traced = trace(fn, params, args, kwargs)
         operands = list(traced.operands)
+        parts: dict[str, list[Adapter]] = {}
+        for name, adapter in adapters.items():
+            if isinstance(adapter, Adapter):
+                parts.setdefault(paths.parameter_of(name), []).append(adapter)
         for place, path in enumerate(traced.paths):
-            match adapters.get(path):
-                case Full(value):
-                    operands[place] = value
-                case Adapter() as adapter:
-                    operands[place] = enter(path, operands[place], adapter)
+            whole = adapters.get(path)
+            if isinstance(whole, Full):
+                operands[place] = whole.value
+            elif path in parts:
+                operands[place] = enter(
+                    path, operands[place], lowrank.joined(parts[path], operands[place].shape)
+                )
         record = Record(dropout_key=dropout_key)
         outs = interpret(record, traced.closed, operands)
         reject_outputs(record, outs)
         record.raise_rejected()
-        low_rank = {path for path, adapter in adapters.items() if isinstance(adapter, Adapter)}
-        unused = sorted(low_rank - record.sites.keys())
+        unused = sorted(parts.keys() - record.sites.keys() - record.formed)
         raise_all(
             AdapterError,
             "these adapters are never applied by the function",
@@ -74,4 +80,5 @@ def reject_outputs(record: Record, outs: list[Any]) -> None:
     """Record every adapted weight that the function returns, where no product can meet it."""
     for n, out in enumerate(outs):
         if isinstance(out, LoraWeight):
-            record.rejected.setdefault(out.leaf.path, {})[-1 - n] = "the function returns it"
+            for path in out.paths:
+                record.rejected.setdefault(path, {})[-1 - n] = "the function returns it"

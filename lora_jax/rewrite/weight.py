@@ -1,134 +1,238 @@
 """``LoraWeight``: an adapted parameter on its way through the traced function.
 
 It stands in for the parameter's array and carries A and B beside it. Structure (a transpose, a
-reshape, one step of a scan) changes all three alike, so that a site finds A and B in the axis
-order in which it reads the weight, and nothing weight-sized is ever formed.
+slice, one step of a scan) changes all three alike, see ``moves``, so that a site finds A and B in
+the axis order in which it reads the weight, and nothing weight-sized is ever formed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from .. import lowrank
 from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape
 from .registry import Unsupported
 
-UNIT = "1"  # a size-1 axis that a reshape added: it belongs to no axis of the parameter
-_SWAP = str.maketrans(IN + OUT, OUT + IN)
+Label = tuple[int, int]
+"""An axis of a parameter: the parameter's place among ``LoraWeight.leaves``, and the axis."""
+
+STACK: Label = (-1, -1)
+"""The axis that ``jnp.stack`` made of several parameters; it is stacked in the adapter."""
+
+UNIT = "1"  # the letter of an axis that belongs to no axis of the parameter
+_SWAP = {IN: OUT, OUT: IN}
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """The parameter behind a ``LoraWeight``.
+    """A parameter behind a ``LoraWeight``.
 
     Args:
         path: where it is in the parameters.
         ndim: how many axes it has there.
         letters: the adapter's ``axes``; None while planning, when they are being found out.
-        scale: the adapter's scale.
         dropout: the adapter's dropout rate.
+        materialize: whether ``W + s·A·B`` may be formed where a use has no rule.
     """
 
     path: str
     ndim: int
     letters: str | None = None
-    scale: float | int = 1.0
     dropout: float | int = 0.0
+    materialize: bool = False
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraWeight:
-    """A parameter as the traced function sees it at one point, and its A and B.
+    """Parameters as the traced function sees them at one point, and their A and B.
+
+    Mostly it is one parameter; a concatenation makes one of several.
 
     Args:
-        base: the frozen array, as the function has reshaped it so far.
+        base: the frozen array, as the function has changed its shape so far.
         a: A in the same axis order, ``(*stacked, *in, r)``; None while planning.
         b: B likewise, ``(*stacked, r, *out)``.
-        origin: for each axis of ``base``, the axes of the parameter it came from.
-        looped: the parameter's axes that a scan has consumed.
-        leaf: the parameter.
+        origin: for each axis of ``base``, the axes of the parameters that it came from.
+        looped: the parameters' axes that a scan or an index has consumed.
+        leaves: the parameters.
+        scale: the scale of ``A·B``.
     """
 
     base: Any
     a: Any
     b: Any
-    origin: tuple[frozenset[int], ...] = field(metadata=dict(static=True))
-    looped: frozenset[int] = field(metadata=dict(static=True))
-    leaf: Leaf = field(metadata=dict(static=True))
+    origin: tuple[frozenset[Label], ...] = field(metadata=dict(static=True))
+    looped: frozenset[Label] = field(metadata=dict(static=True))
+    leaves: tuple[Leaf, ...] = field(metadata=dict(static=True))
+    scale: float | int = field(default=1.0, metadata=dict(static=True))
 
     @property
     def planning(self) -> bool:
         """Whether axes are still being found out, so that there is no A and B yet."""
-        return self.leaf.letters is None
+        return self.leaves[0].letters is None
 
     @property
     def letters(self) -> str:
         """The adapter's letter for each axis of ``base``."""
-        assert self.leaf.letters is not None
-        return "".join(self.leaf.letters[min(axes)] if axes else UNIT for axes in self.origin)
+        return "".join(self.letter(axes) for axes in self.origin)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters' paths, each once."""
+        return tuple(dict.fromkeys(leaf.path for leaf in self.leaves))
+
+    @property
+    def dropout(self) -> float | int:
+        """The dropout rate of the low-rank path.
+
+        Raises:
+            Unsupported: the parameters of a concatenation differ in it.
+        """
+        rates = {leaf.dropout for leaf in self.leaves}
+        if len(rates) > 1:
+            raise Unsupported(f"weights with the dropout rates {sorted(rates)} are concatenated")
+        return rates.pop()
+
+    def letter(self, labels: frozenset[Label]) -> str:
+        """Return the adapter's letter for these axes of the parameters."""
+        if not labels:
+            return UNIT
+        found = {STACKED if leaf < 0 else self.leaves[leaf].letters[n] for leaf, n in labels}  # pyright: ignore
+        if len(found) > 1:
+            raise Unsupported(f"axes with the letters {sorted(found)} become one")
+        return found.pop()
 
 
 def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
     """Return the ``LoraWeight`` for a parameter; without an adapter, one for planning."""
-    origin = tuple(frozenset({axis}) for axis in range(base.ndim))
+    origin = tuple(frozenset({(0, axis)}) for axis in range(base.ndim))
     if adapter is None:
-        return LoraWeight(base, None, None, origin, frozenset(), Leaf(path, base.ndim))
-    leaf = Leaf(path, base.ndim, adapter.axes, adapter.scale, adapter.dropout)
-    return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), leaf)
+        return LoraWeight(base, None, None, origin, frozenset(), (Leaf(path, base.ndim),))
+    leaf = Leaf(path, base.ndim, adapter.axes, adapter.dropout, adapter.materialize)
+    return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), (leaf,), adapter.scale)
 
 
-def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
-    """Return the weight with its axes permuted, A and B with theirs."""
-    base = lax.transpose(weight.base, permutation)
-    origin = tuple(weight.origin[axis] for axis in permutation)
-    moved = replace(weight, base=base, origin=origin)
-    if weight.planning:
-        return moved
+def use(
+    weight: LoraWeight,
+    contracted: Sequence[int],
+    batch: Sequence[int] = (),
+    window: Sequence[int] = (),
+) -> dict[str, str]:
+    """Return the letters that a product with these axes gives each parameter, by path.
 
-    def follow(factor: Any, letter: str, rank_axis: int) -> Any:
-        old = lowrank.positions(weight.letters, letter) | {-1: rank_axis}
-        new = lowrank.positions(moved.letters, letter) | {-1: rank_axis}
-        source = dict(enumerate(permutation)) | {-1: -1}
-        order = sorted(new, key=lambda axis: new[axis])
-        return lax.transpose(factor, [old[source[axis]] for axis in order])
+    Args:
+        weight: what is used.
+        contracted: the axes of ``base`` that the product sums over.
+        batch: those that it runs over in step with the input.
+        window: those among ``contracted`` that slide over the input, as a convolution's do.
 
+    Raises:
+        Unsupported: one axis would need two letters, nothing is summed or nothing kept, or the
+            adapter was made for another use.
+    """
+    letters: dict[Label, str] = dict.fromkeys(weight.looped, STACKED)
+    for axis, labels in enumerate(weight.origin):
+        letter = IN if axis in contracted else STACKED if axis in batch else OUT
+        for label in labels:
+            if letters.setdefault(label, letter) != letter:
+                raise Unsupported(f"only a part of axis {label[1]} is summed over")
+    if letters.get(STACK, STACKED) != STACKED:
+        raise Unsupported("stacked weights are used as one matrix")
+    found = {}
+    for n, leaf in enumerate(weight.leaves):
+        one = "".join(letters[n, axis] for axis in range(leaf.ndim))
+        if IN not in one or OUT not in one:
+            raise Unsupported("no axis is summed over" if IN not in one else "no axis is kept")
+        slides = window_axes(weight, window, n)
+        if leaf.letters is not None and not same_use(one, leaf.letters, slides):
+            raise Unsupported(f"used with axes {one!r}, the adapter has {leaf.letters!r}")
+        if not same_use(found.setdefault(leaf.path, one), one, slides):
+            raise Unsupported(f"used with axes {one!r} and with axes {found[leaf.path]!r}")
+    return found
+
+
+def window_axes(weight: LoraWeight, window: Sequence[int], leaf: int = 0) -> frozenset[int]:
+    """Return the axes of one parameter that the axes ``window`` of ``base`` came from."""
+    return frozenset(n for axis in window for owner, n in weight.origin[axis] if owner == leaf)
+
+
+def same_use(first: str, second: str, window: frozenset[int] = frozenset()) -> bool:
+    """Tell whether two uses fit one A and B: the same letters, or in and out exchanged.
+
+    The axes that slide over the input (``window``) are summed over both ways.
+
+    >>> same_use("sio", "soi"), same_use("sio", "iio"), same_use("iio", "ioi", frozenset({0}))
+    (True, False, True)
+    """
+    swapped = (s if n in window else _SWAP.get(s, s) for n, s in enumerate(second))
+    return first in (second, "".join(swapped))
+
+
+def adapter_at(
+    weight: LoraWeight, contracted: Sequence[int] = (), batch: Sequence[int] = ()
+) -> Adapter:
+    """Return the adapter for the weight as it stands, added axes taking their part in the use."""
+    summed = next((s for s in (weight.letters[n] for n in contracted) if s in _SWAP), IN)
+
+    def letter(axis: int) -> str:
+        if weight.letters[axis] != UNIT:
+            return weight.letters[axis]
+        return STACKED if axis in batch else summed if axis in contracted else _SWAP[summed]
+
+    letters = "".join(letter(axis) for axis in range(len(weight.origin)))
+    whole = with_letters(weight, letters)
+    return Adapter(whole.a, whole.b, weight.scale, letters, weight.dropout)
+
+
+def with_letters(weight: LoraWeight, letters: str) -> LoraWeight:
+    """Return the weight with A and B in the shapes of these letters, for ``base`` as it is.
+
+    Where an added axis gets a letter, the factor that carries it is repeated along it.
+    """
+    shape, r = weight.base.shape, weight.a.shape[-1]
+    thin = tuple(1 if s == UNIT else n for n, s in zip(shape, weight.letters, strict=True))
     return replace(
-        moved,
-        a=follow(weight.a, IN, weight.a.ndim - 1),
-        b=follow(weight.b, OUT, weight.letters.count(STACKED)),
+        weight,
+        a=jnp.broadcast_to(
+            lax.reshape(weight.a, a_shape(thin, letters, r)), a_shape(shape, letters, r)
+        ),
+        b=jnp.broadcast_to(
+            lax.reshape(weight.b, b_shape(thin, letters, r)), b_shape(shape, letters, r)
+        ),
     )
 
 
-def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
-    """Return the weight with whole axes split, merged, or size-1 axes added or dropped.
-
-    Raises:
-        Unsupported: an axis of A and an axis of B would merge, or a parameter's own axis of
-            size 1 would vanish.
-    """
-    shape = tuple(shape)
-    origin: list[frozenset[int]] = []
-    for old, new in _blocks(weight.base.shape, shape):
-        labels = frozenset().union(*(weight.origin[axis] for axis in old))
-        if not new and labels:
-            raise Unsupported(f"the reshape drops axis {sorted(labels)}, which has size 1")
-        if not weight.planning and len({weight.leaf.letters[n] for n in labels}) > 1:  # pyright: ignore
-            raise Unsupported(f"the reshape merges axes {sorted(labels)} of A and of B")
-        origin += [labels] * len(new)
-    moved = replace(weight, base=lax.reshape(weight.base, shape), origin=tuple(origin))
-    return moved if weight.planning else _with_factors(moved, moved.letters)
+def change(weight: LoraWeight, a: Any, b: Any) -> Any:
+    """Return ``s·A·B`` in the shape of ``weight.base``, for these A and B."""
+    adapter = adapter_at(replace(weight, a=a, b=b))
+    return lowrank.delta(adapter)
 
 
-def cast(weight: LoraWeight, dtype: Any) -> LoraWeight:
-    """Return the weight with its base in another dtype; A and B keep their own."""
-    return replace(weight, base=weight.base.astype(dtype))
+def dense(weight: LoraWeight) -> Any:
+    """Return ``W + s·A·B`` in the shape of ``weight.base``."""
+    return lowrank.add(weight.base, change(weight, weight.a, weight.b))
+
+
+def factor_axes(weight: LoraWeight, letter: str) -> dict[int, int]:
+    """Return where each axis of ``base`` sits in A (``i``) or B (``o``)."""
+    return lowrank.positions(weight.letters, letter)
+
+
+def mirror(weight: LoraWeight, act: Callable[[Any, Mapping[int, int]], Any]) -> LoraWeight:
+    """Return the weight after ``act(array, {axis of base: axis of array})`` on all three."""
+    base = act(weight.base, {axis: axis for axis in range(weight.base.ndim)})
+    if weight.planning:
+        return replace(weight, base=base)
+    a = act(weight.a, factor_axes(weight, IN))
+    return replace(weight, base=base, a=a, b=act(weight.b, factor_axes(weight, OUT)))
 
 
 def split(weight: LoraWeight) -> tuple[Any, Any, Any]:
@@ -150,87 +254,15 @@ def step(weight: LoraWeight, base: Any, a: Any, b: Any) -> LoraWeight:
     )
 
 
-def use(weight: LoraWeight, contracted: Sequence[int], batch: Sequence[int]) -> str:
-    """Return the letters that a product with these axes gives the parameter.
+def specs(weight: LoraWeight, spec: PartitionSpec) -> tuple[Any, Any, Any]:
+    """Return the ``PartitionSpec`` of base, A and B for that of base."""
+    names = dict(enumerate(spec))
 
-    Raises:
-        Unsupported: one axis would need two letters, nothing is summed or nothing kept, or the
-            adapter was made for another use.
-    """
-    letters: dict[int, str] = dict.fromkeys(weight.looped, STACKED)
-    for axis, labels in enumerate(weight.origin):
-        letter = IN if axis in contracted else STACKED if axis in batch else OUT
-        for label in labels:
-            if letters.setdefault(label, letter) != letter:
-                raise Unsupported(f"only a part of axis {label} is summed over")
-    found = "".join(letters[label] for label in range(weight.leaf.ndim))
-    if IN not in found or OUT not in found:
-        raise Unsupported("no axis is summed over" if IN not in found else "no axis is kept")
-    if not weight.planning and not same_use(found, weight.leaf.letters or ""):
-        raise Unsupported(f"used with axes {found!r}, the adapter has {weight.leaf.letters!r}")
-    return found
+    def of(letter: str, ndim: int) -> PartitionSpec:
+        at = factor_axes(weight, letter)
+        by_place = {at[axis]: names.get(axis) for axis in at}
+        return PartitionSpec(*(by_place.get(n) for n in range(ndim)))
 
-
-def same_use(first: str, second: str) -> bool:
-    """Tell whether two uses fit one A and B: the same letters, or in and out exchanged.
-
-    >>> same_use("sio", "soi"), same_use("sio", "iio")
-    (True, False)
-    """
-    return first in (second, second.translate(_SWAP))
-
-
-def adapter_at(weight: LoraWeight, contracted: Sequence[int], batch: Sequence[int]) -> Adapter:
-    """Return the adapter for the weight as it stands, added size-1 axes taking their part."""
-    summed = next(weight.letters[n] for n in contracted if weight.letters[n] != UNIT)
-
-    def letter(axis: int) -> str:
-        if weight.letters[axis] != UNIT:
-            return weight.letters[axis]
-        kept = summed.translate(_SWAP)
-        return STACKED if axis in batch else summed if axis in contracted else kept
-
-    letters = "".join(letter(axis) for axis in range(len(weight.origin)))
-    whole = _with_factors(weight, letters)
-    return Adapter(whole.a, whole.b, weight.leaf.scale, letters, weight.leaf.dropout)
-
-
-def change(weight: LoraWeight, a: Any, b: Any) -> Any:
-    """Return ``s·A·B`` in the shape of ``weight.base``, for these A and B."""
-    letters = weight.letters.replace(UNIT, "")
-    return lowrank.delta(Adapter(a, b, weight.leaf.scale, letters)).reshape(weight.base.shape)
-
-
-def _with_factors(weight: LoraWeight, letters: str) -> LoraWeight:
-    shape, r = weight.base.shape, weight.a.shape[-1]
-    a, b = weight.a, weight.b
-    return replace(
-        weight,
-        a=lax.reshape(a, a_shape(shape, letters, r)),
-        b=lax.reshape(b, b_shape(shape, letters, r)),
-    )
-
-
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Pair the shortest runs of old and new axes that hold the same elements, in row-major order.
-
-    >>> _blocks((384, 12, 32), (384, 384)), _blocks((3, 4), (3, 1, 4))
-    ([([0], [0]), ([1, 2], [1])], [([0], [0]), ([], [1]), ([1], [2])])
-    """
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        k, m = i, j
-        if i < len(old) and (j == len(new) or (old[i] == 1 and new[j] != 1)):
-            k += 1
-        elif j < len(new) and (i == len(old) or (new[j] == 1 and old[i] != 1)):
-            m += 1
-        else:
-            k, m = i + 1, j + 1
-            while math.prod(old[i:k]) != math.prod(new[j:m]):
-                if math.prod(old[i:k]) < math.prod(new[j:m]):
-                    k += 1
-                else:
-                    m += 1
-        blocks.append((list(range(i, k)), list(range(j, m))))
-        i, j = k, m
-    return blocks
+    if weight.planning:
+        return spec, None, None
+    return spec, of(IN, weight.a.ndim), of(OUT, weight.b.ndim)
