@@ -22,10 +22,8 @@ import_torchax()
 
 import torch  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils._pytree import tree_map_only  # noqa: E402
 from torchax.ops.mappings import t2j  # noqa: E402
 from torchax.tensor import Environment, Tensor  # noqa: E402
-from torchax.view import View  # noqa: E402
 
 Params = Mapping[str, Any]
 
@@ -92,7 +90,7 @@ class _Environment(Environment):
         result = super().dispatch(func, types, args, kwargs)
         if torch.is_grad_enabled() or any(result is arg for arg in args):
             return result
-        return tree_map_only(Tensor, Tensor.detach, result)
+        return jax.tree.map(lambda t: t.detach() if isinstance(t, Tensor) else t, result)
 
     def view(self, value: Any) -> Any:
         """Return what a module sees of an array; anything else stays what it is."""
@@ -133,8 +131,8 @@ def _copy(module: torch.nn.Module, env: _Environment, replaced: dict[int, Any]) 
         return copy.deepcopy(module, dict(replaced))
 
 
-def _array(tensor: torch.Tensor) -> jax.Array:
-    if isinstance(tensor, Tensor | View):
+def _array(tensor: Any) -> jax.Array:
+    if hasattr(tensor, "jax"):  # torchax's own, a view too
         return tensor.jax()
     # torchax may share memory with the tensor, which its owner may write to.
     return jnp.array(t2j(tensor.detach(), use_dlpack=False), copy=True)
