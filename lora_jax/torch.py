@@ -7,6 +7,7 @@ names, so that an adapter saved for them is a PEFT adapter of the PyTorch model.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -102,13 +103,16 @@ class _Environment(Environment):
     def active(self) -> Iterator[None]:
         """Run PyTorch code with this environment, whatever modes the caller is in."""
         with (
+            warnings.catch_warnings(),
             jax.numpy_dtype_promotion("standard"),
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.device("jax"),
+            torch.device("jax:0"),
             self.override_property(prng=jax.random.key(0)),
             self,
         ):
+            # PyTorch's integers have 64 bits unless told otherwise, JAX's have 32.
+            warnings.filterwarnings("ignore", "Explicitly requested dtype int64 ")
             yield
 
 

@@ -44,21 +44,14 @@ def import_torchax() -> ModuleType:
         ImportError: torch or torchax is missing, or the two do not fit each other; the message
             has the command that installs versions that do.
     """
-    before = set(sys.modules)
     try:
-        return _load()
-    except ImportError as error:
-        raise ImportError(f"{error}; {INSTALL}", name=error.name) from error
-    except AttributeError:
-        # What was imported before the failure would otherwise not become torchax's attributes.
-        for name in set(sys.modules) - before:
-            if name.partition(".")[0] == "torchax":
-                del sys.modules[name]
-    try:
-        with stand_ins():
+        try:
             return _load()
-    except AttributeError as error:
-        raise ImportError(f"torchax does not fit this PyTorch: {error}; {INSTALL}") from error
+        except AttributeError:
+            with stand_ins():
+                return _load()
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"torchax cannot be imported: {error}; {INSTALL}") from error
 
 
 @contextmanager
@@ -86,5 +79,13 @@ def stand_ins() -> Iterator[list[str]]:
 
 
 def _load() -> ModuleType:
-    importlib.import_module("torchax.decompositions")
-    return importlib.import_module("torchax")
+    before = set(sys.modules)
+    try:
+        importlib.import_module("torchax.decompositions")
+        return importlib.import_module("torchax")
+    except AttributeError:
+        # A part that stayed behind would not become an attribute of torchax the next time.
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == "torchax":
+                del sys.modules[name]
+        raise
