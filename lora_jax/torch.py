@@ -28,6 +28,11 @@ from torchax.tensor import Environment, Tensor  # noqa: E402
 
 Params = Mapping[str, Any]
 
+BRANCHES = (
+    "The PyTorch module asks for the values of arrays, which are not known while JAX traces it. "
+    "A transformers model given a mask does not if made with attn_implementation='eager'."
+)
+
 
 def from_torch(
     module: torch.nn.Module, *, output: str | None = None
@@ -77,7 +82,11 @@ def from_torch(
         # A module may write to its own fields, so that each call has a copy to itself.
         own = _copy(frame, env, values)
         with env.active():
-            out = own(*args, **kwargs)
+            try:
+                out = own(*args, **kwargs)
+            except jax.errors.ConcretizationTypeError as error:
+                error.add_note(BRANCHES)
+                raise
             return _to_jax(out if output is None else _field(out, output))
 
     return fn, {name: _array(p) for name, p in parameters.items()}
@@ -88,6 +97,9 @@ class _Environment(Environment):
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run one operation; under ``torch.no_grad`` its result is a constant to JAX too."""
+        if func is torch.ops.aten._to_copy.default and not isinstance(args[0], torch.Tensor):
+            # A number beside a tensor in torch.vmap, as in the masks of sliding windows.
+            args = (self.view(np.asarray(args[0])), *args[1:])
         result = super().dispatch(func, types, args, kwargs)
         if torch.is_grad_enabled() or any(result is arg for arg in args):
             return result

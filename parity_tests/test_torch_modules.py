@@ -146,6 +146,24 @@ def test_tensors_made_in_forward_without_a_device():
     np.testing.assert_allclose(value_of(module, X), wanted, rtol=1e-5)
 
 
+def test_a_mask_made_by_vmap():
+    def forward(linear, x):
+        place = torch.arange(x.shape[0], device=x.device)
+        window = torch.vmap(lambda q: torch.vmap(lambda k: (k <= q) & (k > q - 2))(place))(place)
+        return torch.where(window, x @ x.T, 0.0)
+
+    got = value_of(Function(forward), X)
+    np.testing.assert_allclose(got, np.tril(np.triu(X @ X.T, -1)), rtol=1e-5)
+
+
+def test_a_branch_on_values_says_what_to_do():
+    fn, params = from_torch(Function(lambda linear, x: x if (x > 0).all() else -x))
+    np.testing.assert_array_equal(fn(params, X), -X)
+    with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+        jax.jit(fn)(params, X)
+    assert "attn_implementation='eager'" in caught.value.__notes__[0]
+
+
 def test_bfloat16_stays_bfloat16_beside_float32_adapters():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 7))
