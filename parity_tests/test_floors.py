@@ -16,11 +16,12 @@ ROOT = Path(lora_jax.__file__).parent
 
 # module -> what importing it must not load
 FORBIDDEN = {
-    "lora_jax": ("flax", "torch", "transformers", "peft", "matplotlib", "rich", "tyro"),
+    "lora_jax": ("flax", "torch", "torchax", "transformers", "peft", "matplotlib", "rich", "tyro"),
     "lora_jax.rewrite": ("flax", "torch"),
     "lora_jax.peft": ("flax", "torch", "peft"),
     "lora_jax.linen": ("torch", "lora_jax.nnx"),
     "lora_jax.nnx": ("torch", "lora_jax.linen"),
+    "lora_jax.torch": ("flax", "transformers", "peft"),
     "lora_jax.models": ("torch", "transformers"),
     "lora_jax.train.step": ("torch", "transformers", "flax.linen", "matplotlib"),
     "lora_jax.cli": ("torch", "transformers"),
@@ -34,7 +35,7 @@ FLOORS = [
     {"lowrank", "initializers"},
     {"merging", "layers", "contractions"},
     {"rewrite"},
-    {"linen", "nnx", "peft"},
+    {"linen", "nnx", "peft", "torch", "torch_compat"},
     {"assets"},
     {"models"},
     {"train"},
