@@ -16,7 +16,7 @@ from jax import lax, random
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact, Key
 
-from .adapter import IN, OUT, STACKED, Adapter, pick
+from .adapter import IN, OUT, STACKED, Adapter, is_number, pick
 
 Axes = Sequence[int]
 
@@ -81,7 +81,7 @@ def dot(
     stacked = range(len(w_batch))
     rank_axis = len(w_batch) if weight_first else hidden.ndim - 1
     return product(
-        hidden * adapter.scale,
+        _scaled(hidden, adapter),
         up,
         ([rank_axis], stacked),
         ([_rank_axis(adapter.axes, kept)], [at_up[axis] for axis in w_batch]),
@@ -102,6 +102,7 @@ def drop(
     (2.0, True)
     """
     keep = random.bernoulli(key, 1 - adapter.dropout, x.shape)
+    assert adapter.scale is not None
     return jnp.where(keep, x, 0), replace(adapter, scale=adapter.scale / (1 - adapter.dropout))
 
 
@@ -128,7 +129,7 @@ def delta(adapter: Adapter) -> Float[Array, "..."]:
         precision=lax.Precision.HIGHEST,
     )
     grouped = [n for letter in (STACKED, IN, OUT) for n in _axes_with(adapter.axes, letter)]
-    return lax.transpose(product, [grouped.index(n) for n in range(len(grouped))]) * adapter.scale
+    return _scaled(lax.transpose(product, [grouped.index(n) for n in range(len(grouped))]), adapter)
 
 
 def merged(weight: Inexact[Array, "*w"], adapter: Adapter) -> Inexact[Array, "*w"]:
@@ -171,6 +172,14 @@ def positions(axes: str, letter: str) -> dict[int, int]:
     stacked, own = _axes_with(axes, STACKED), _axes_with(axes, letter)
     first = len(stacked) + (letter == OUT)
     return {n: k for k, n in enumerate(stacked)} | {n: first + k for k, n in enumerate(own)}
+
+
+def _scaled(x: Inexact[Array, "..."], adapter: Adapter) -> Inexact[Array, "..."]:
+    """Return ``s·x``; a scale that is an array is fixed, too: it gets no gradient."""
+    assert adapter.scale is not None, "`check_fit` lists adapters without a scale"
+    if is_number(adapter.scale):
+        return x * adapter.scale
+    return x * lax.stop_gradient(jnp.asarray(adapter.scale, x.dtype))
 
 
 def _rank_axis(axes: str, letter: str) -> int:

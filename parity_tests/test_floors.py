@@ -32,7 +32,7 @@ FLOORS = [
     {"errors", "paths"},
     {"files", "adapter", "config", "packing"},
     {"lowrank", "initializers"},
-    {"merging", "layers"},
+    {"merging", "layers", "many"},
     {"rewrite"},
     {"linen", "nnx", "peft"},
     {"assets"},

@@ -61,11 +61,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Call:
-    """One equation that an adapted weight reaches, as its rule sees it."""
+    """One equation that an adapted weight reaches, as its rule sees it.
+
+    ``index`` is its place in its jaxpr, which the random keys of dropout are made from.
+    """
 
     record: Record
     inside: core.Jaxpr
     eqn: core.JaxprEqn
+    index: int
     dense_gradient: bool = False
 
     @property
@@ -96,8 +100,7 @@ class Call:
         key = self.record.dropout_key
         if key is None or not weight.leaf.dropout:
             return None
-        number = list(self.record.sites[weight.leaf.path]).index(id(self.eqn))
-        return jax.random.fold_in(fold_in_path(key, weight.leaf.path), number)
+        return jax.random.fold_in(fold_in_path(key, weight.leaf.path), self.index)
 
     def interpret(
         self,
@@ -106,8 +109,12 @@ class Call:
         dense_gradient: bool = False,
         dropout_key: Any = None,
     ) -> list[Any]:
-        """Run an inner jaxpr with the same record, a loop's step with a key of its own."""
+        """Run an inner jaxpr with the same record and a key of its own, or that of a loop's step.
+
+        JAX shares one inner jaxpr between the calls of a function; their keys must differ.
+        """
         key = self.record.dropout_key if dropout_key is None else dropout_key
+        key = None if key is None else jax.random.fold_in(key, self.index)
         dense_gradient |= self.dense_gradient
         record = replace(self.record, dropout_key=key)
         return interpret(record, closed, operands, dense_gradient=dense_gradient)
@@ -152,7 +159,9 @@ def interpret(
             pending.append(eqn)
             continue
         run_pending(index)
-        outs = _apply(Call(record, jaxpr, eqn, dense_gradient), [read(v) for v in eqn.invars])
+        outs = _apply(
+            Call(record, jaxpr, eqn, index, dense_gradient), [read(v) for v in eqn.invars]
+        )
         env.update(zip(eqn.outvars, outs, strict=True))
         weights |= {v for v, out in zip(eqn.outvars, outs, strict=True) if _is_weight(out)}
     run_pending(len(jaxpr.eqns))

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 from jax import lax
 
 from .. import lowrank
-from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape
+from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pytree
 from .registry import Unsupported
 
 UNIT = "1"  # a size-1 axis that a reshape added: it belongs to no axis of the parameter
@@ -31,18 +30,16 @@ class Leaf:
         path: where it is in the parameters.
         ndim: how many axes it has there.
         letters: the adapter's ``axes``; None while planning, when they are being found out.
-        scale: the adapter's scale.
         dropout: the adapter's dropout rate.
     """
 
     path: str
     ndim: int
     letters: str | None = None
-    scale: float | int = 1.0
     dropout: float | int = 0.0
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class LoraWeight:
     """A parameter as the traced function sees it at one point, and its A and B.
@@ -54,6 +51,7 @@ class LoraWeight:
         origin: for each axis of ``base``, the axes of the parameter it came from.
         looped: the parameter's axes that a scan has consumed.
         leaf: the parameter.
+        scale: the adapter's scale.
     """
 
     base: Any
@@ -62,6 +60,7 @@ class LoraWeight:
     origin: tuple[frozenset[int], ...] = field(metadata=dict(static=True))
     looped: frozenset[int] = field(metadata=dict(static=True))
     leaf: Leaf = field(metadata=dict(static=True))
+    scale: Any = field(default=1.0, metadata=dict(static=is_number))
 
     @property
     def planning(self) -> bool:
@@ -80,8 +79,8 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
     origin = tuple(frozenset({axis}) for axis in range(base.ndim))
     if adapter is None:
         return LoraWeight(base, None, None, origin, frozenset(), Leaf(path, base.ndim))
-    leaf = Leaf(path, base.ndim, adapter.axes, adapter.scale, adapter.dropout)
-    return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), leaf)
+    leaf = Leaf(path, base.ndim, adapter.axes, adapter.dropout)
+    return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), leaf, adapter.scale)
 
 
 def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
@@ -192,13 +191,13 @@ def adapter_at(weight: LoraWeight, contracted: Sequence[int], batch: Sequence[in
 
     letters = "".join(letter(axis) for axis in range(len(weight.origin)))
     whole = _with_factors(weight, letters)
-    return Adapter(whole.a, whole.b, weight.leaf.scale, letters, weight.leaf.dropout)
+    return Adapter(whole.a, whole.b, weight.scale, letters, weight.leaf.dropout)
 
 
 def change(weight: LoraWeight, a: Any, b: Any) -> Any:
     """Return ``s·A·B`` in the shape of ``weight.base``, for these A and B."""
     letters = weight.letters.replace(UNIT, "")
-    return lowrank.delta(Adapter(a, b, weight.leaf.scale, letters)).reshape(weight.base.shape)
+    return lowrank.delta(Adapter(a, b, weight.scale, letters)).reshape(weight.base.shape)
 
 
 def _with_factors(weight: LoraWeight, letters: str) -> LoraWeight:
