@@ -82,7 +82,7 @@ def stack(adapters: Sequence[Adapters]) -> Stacked:
             ranks[path] = tuple(map(rank, pairs))
         else:
             stacked[path] = jax.tree.map(lambda *values: jnp.stack(values), *entries)
-    return Stacked(stacked, scales, tuple(ranks.items()))
+    return Stacked(stacked, scales, tuple(sorted(ranks.items())))
 
 
 def unstack(stacked: Stacked) -> list[dict[str, Adapter | Full]]:

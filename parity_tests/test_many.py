@@ -101,7 +101,9 @@ def one_loss(subject, adapters, scales, params, x):
 
 def train(subject, adapters, scales, rate, params, x):
     """Return output and gradient before training, and what five steps of AdamW make of it."""
-    optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=0.1)
+    fixed = ("b1", "b2", "eps", "eps_root", "weight_decay")
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=fixed)
+    optimizer = adamw(learning_rate=0.0, weight_decay=0.1)
     state = optimizer.init(adapters)
     state.hyperparams["learning_rate"] = jnp.asarray(rate, x.dtype)
     differentiate = jax.value_and_grad(partial(one_loss, subject))
@@ -109,7 +111,8 @@ def train(subject, adapters, scales, rate, params, x):
     def step(carry, _):
         adapters, state = carry
         value, gradients = differentiate(adapters, scales, params, x)
-        updates, state = optimizer.update(gradients, state, adapters)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer's power
+            updates, state = optimizer.update(gradients, state, adapters)
         return (optax.apply_updates(adapters, updates), state), (value, gradients)
 
     (trained, _), history = jax.lax.scan(step, (adapters, state), None, length=STEPS)
