@@ -3,6 +3,7 @@
 from .adapter import Adapter, Adapters, Full
 from .config import LoraConfig
 from .errors import LoraError
+from .many import Stacked, per_example, rescale, select, stack, unstack
 from .merging import merge
 from .peft import load_config, load_pretrained, save_pretrained
 from .rewrite import Plan, lora, plan
@@ -16,10 +17,16 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "Plan",
+    "Stacked",
     "load_config",
     "load_pretrained",
     "lora",
     "merge",
+    "per_example",
     "plan",
+    "rescale",
     "save_pretrained",
+    "select",
+    "stack",
+    "unstack",
 ]

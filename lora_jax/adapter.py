@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from . import paths
@@ -32,21 +33,38 @@ T = TypeVar("T")
 STACKED, IN, OUT = "s", "i", "o"
 
 
-def _pytree(cls: type[T]) -> type[T]:
+def is_number(scale: Any) -> bool:
+    """Tell a scale that is static from one that is an array, and so a leaf.
+
+    >>> is_number(2.0), is_number(None), is_number(np.ones(()))
+    (True, True, False)
+    """
+    return scale is None or isinstance(scale, int | float)
+
+
+def pytree(cls: type[T]) -> type[T]:
     """Register a dataclass whose array fields are checked when users make one, not when JAX does.
 
-    Transformations put shapes, axes numbers and flags in the leaves' places.
+    Transformations put shapes, axes numbers and flags in the leaves' places. A field is static
+    whose metadata say ``static=True``, or ``static=f`` with an ``f`` that is true of its value.
     """
-    static = [f.name for f in fields(cls) if f.metadata.get("static")]  # pyright: ignore
-    arrays = [f.name for f in fields(cls) if f.name not in static]  # pyright: ignore
+    static = {f.name: f.metadata.get("static", False) for f in fields(cls)}  # pyright: ignore
+
+    def is_static(tree: T, name: str) -> bool:
+        rule = static[name]
+        return bool(rule(getattr(tree, name)) if callable(rule) else rule)
 
     def flatten(tree: T) -> tuple[list[Any], tuple[Any, ...]]:
+        # What JAX put in a leaf's place stays a leaf, a number too.
+        arrays = vars(tree).get("_arrays") or [n for n in static if not is_static(tree, n)]
+        rest = tuple((name, getattr(tree, name)) for name in static if name not in arrays)
         keyed = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in arrays]
-        return keyed, tuple(getattr(tree, name) for name in static)
+        return keyed, (tuple(arrays), rest)
 
     def unflatten(aux: tuple[Any, ...], leaves: Iterable[Any]) -> T:
+        arrays, rest = aux
         tree = object.__new__(cls)
-        for name, value in [*zip(arrays, leaves, strict=True), *zip(static, aux, strict=True)]:
+        for name, value in [*zip(arrays, leaves, strict=True), *rest, ("_arrays", arrays)]:
             object.__setattr__(tree, name, value)
         return tree
 
@@ -54,15 +72,19 @@ def _pytree(cls: type[T]) -> type[T]:
     return cls
 
 
-@_pytree
+@pytree
 @dataclass(frozen=True)
 class Adapter:
-    """The trained pair of one weight, ``ΔW = scale · A · B``; only A and B are leaves.
+    """The trained pair of one weight, ``ΔW = scale · A · B``.
+
+    A and B are leaves. So is a scale that is an array: it gets no gradient, but an optimizer's
+    weight decay would move it, so it has no place in a tree that is trained (see ``many``).
 
     Args:
         a: A, shape ``(*stacked, *in, r)``, in the order in which the weight has these axes.
         b: B, shape ``(*stacked, r, *out)``.
-        scale: ``alpha / r`` or what the configuration makes of them.
+        scale: ``alpha / r`` or what the configuration makes of them: a number, which is static,
+            or a scalar array; ``None`` where it is kept apart, as ``many.stack`` does.
         axes: one letter for each axis of the weight, see the legend of this module.
         dropout: probability of dropping an input of the low-rank path, where a key is given.
         materialize: whether ``W + scale·A·B`` may be formed where a use of W has no rule.
@@ -71,14 +93,16 @@ class Adapter:
 
     a: Float[Array, "*stacked_in r"]
     b: Float[Array, "*stacked_r_out"]
-    scale: int | float = field(metadata=dict(static=True))
+    scale: int | float | Float[Array | np.ndarray, "*mapped"] | None = field(
+        metadata=dict(static=is_number)
+    )
     axes: str = field(default="io", metadata=dict(static=True))
     dropout: int | float = field(default=0.0, metadata=dict(static=True))
     materialize: bool = field(default=False, metadata=dict(static=True))
     columns: tuple[int, int] | None = field(default=None, metadata=dict(static=True))
 
 
-@_pytree
+@pytree
 @dataclass(frozen=True)
 class Full:
     """A leaf trained in full, not by a low-rank pair: PEFT's ``modules_to_save`` and ``bias``.
@@ -138,7 +162,12 @@ def rank(adapter: Adapter) -> int:
 
 def count(adapters: Adapters) -> int:
     """Return the number of trained values."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dict(adapters)))
+    trained = [
+        leaf
+        for entry in adapters.values()
+        for leaf in ([entry.value] if isinstance(entry, Full) else [entry.a, entry.b])
+    ]
+    return sum(math.prod(leaf.shape) for leaf in trained)
 
 
 def check_fit(params: Any, adapters: Adapters) -> None:
@@ -172,4 +201,10 @@ def _misfits(path: str, adapter: Adapter | Full, shape: tuple[int, ...]) -> list
     r = rank(adapter)
     wanted = {"A": a_shape(shape, adapter.axes, r), "B": b_shape(shape, adapter.axes, r)}
     got = {"A": tuple(adapter.a.shape), "B": tuple(adapter.b.shape)}
-    return [f"{path}: {k} got {got[k]}, wanted {wanted[k]}" for k in got if got[k] != wanted[k]]
+    problems = [f"{path}: {k} got {got[k]}, wanted {wanted[k]}" for k in got if got[k] != wanted[k]]
+    if adapter.scale is None:
+        problems.append(f"{path}: got no scale, put it in with rescale(adapters, scales)")
+    elif np.ndim(adapter.scale):
+        shape = np.shape(adapter.scale)
+        problems.append(f"{path}: scale got {shape}, wanted (); map over many with jax.vmap")
+    return problems

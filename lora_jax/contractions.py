@@ -51,7 +51,7 @@ def conv(
     a, b, r = adapter.a.astype(dtype), adapter.b.astype(dtype), adapter.a.ndim - 1
     x = x.astype(dtype)
     if transposed:
-        x = _at_each_point(x * adapter.scale, b.T, spec.lhs_spec[1])
+        x = _at_each_point(lowrank.scaled(x, adapter), b.T, spec.lhs_spec[1])
         a_spec = (at_a[kernel[0]], r, *(at_a[axis] for axis in kernel[2:]))
     else:
         a = jnp.tile(a, (1,) * r + (groups,)) if groups > 1 else a
@@ -65,7 +65,7 @@ def conv(
     )
     if transposed:
         return hidden
-    hidden, feature = hidden * adapter.scale, spec.out_spec[1]
+    hidden, feature = lowrank.scaled(hidden, adapter), spec.out_spec[1]
     if groups == 1:
         return _at_each_point(hidden, b, feature)
     points = jnp.moveaxis(hidden, feature, -1)
@@ -91,7 +91,7 @@ def take(
     rows, kept = (adapter.a, adapter.b) if looked_up == IN else (adapter.b, adapter.a)
     at = lowrank.positions(adapter.axes, looked_up)[axis]
     dtype = lowrank.accumulation_dtype(rows.dtype)
-    hidden = gather(rows, at).astype(dtype) * adapter.scale
+    hidden = lowrank.scaled(gather(rows, at).astype(dtype), adapter)
     return hidden @ (kept if looked_up == IN else kept.T).astype(dtype)
 
 
@@ -134,7 +134,7 @@ def ragged_dot(
 
     hidden = product(x, down, x_axis, at_down[w_axis], at_down[group_axis])
     rank_axis = 1 if kept == OUT else up.ndim - 1
-    return product(hidden * adapter.scale, up, 1, rank_axis, at_up[group_axis])
+    return product(lowrank.scaled(hidden, adapter), up, 1, rank_axis, at_up[group_axis])
 
 
 def _at_each_point(x: Inexact[Array, "..."], matrix: Inexact[Array, "m n"], axis: int) -> Any:

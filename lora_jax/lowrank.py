@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import lax, random
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact, Key
 
-from .adapter import IN, OUT, STACKED, Adapter, pick
+from .adapter import IN, OUT, STACKED, Adapter, is_number, pick
 
 Axes = Sequence[int]
 
@@ -81,7 +82,7 @@ def dot(
     stacked = range(len(w_batch))
     rank_axis = len(w_batch) if weight_first else hidden.ndim - 1
     return product(
-        hidden * adapter.scale,
+        scaled(hidden, adapter),
         up,
         ([rank_axis], stacked),
         ([_rank_axis(adapter.axes, kept)], [at_up[axis] for axis in w_batch]),
@@ -102,6 +103,7 @@ def drop(
     (2.0, True)
     """
     keep = random.bernoulli(key, 1 - adapter.dropout, x.shape)
+    assert adapter.scale is not None
     return jnp.where(keep, x, 0), replace(adapter, scale=adapter.scale / (1 - adapter.dropout))
 
 
@@ -134,15 +136,30 @@ def joined(adapters: Sequence[Adapter], shape: Sequence[int]) -> Adapter:
         widths[stacked + 1] = (start, shape[axis] - stop)
         return jnp.pad(adapter.b, widths)
 
-    same = len({adapter.scale for adapter in adapters}) == 1
-    a = [adapter.a if same else adapter.a * adapter.scale for adapter in adapters]
+    scale = common_scale(adapters)
+    a = [scaled(one.a, one) if scale is None else one.a for one in adapters]
     return replace(
         first,
         a=jnp.concatenate(a, axis=-1),
         b=jnp.concatenate([widened(adapter) for adapter in adapters], axis=stacked),
-        scale=first.scale if same else 1.0,
+        scale=1.0 if scale is None else scale,
         columns=None,
     )
+
+
+def scaled(x: Inexact[Array, "..."], adapter: Any) -> Inexact[Array, "..."]:
+    """Return ``s·x``; a scale that is an array is fixed, too: it gets no gradient."""
+    assert adapter.scale is not None, "`check_fit` lists adapters without a scale"
+    if is_number(adapter.scale):
+        return x * adapter.scale
+    return x * lax.stop_gradient(jnp.asarray(adapter.scale, x.dtype))
+
+
+def common_scale(adapters: Sequence[Any]) -> Any:
+    """Return the number that is the scale of all these adapters; None where there is none."""
+    scales = [adapter.scale for adapter in adapters]
+    same = all(is_number(scale) for scale in scales) and len({*scales}) == 1
+    return scales[0] if same else None
 
 
 def delta(adapter: Adapter) -> Float[Array, "..."]:
@@ -162,7 +179,7 @@ def delta(adapter: Adapter) -> Float[Array, "..."]:
         precision=lax.Precision.HIGHEST,
     )
     grouped = [n for letter in (STACKED, IN, OUT) for n in _axes_with(adapter.axes, letter)]
-    return lax.transpose(product, [grouped.index(n) for n in range(len(grouped))]) * adapter.scale
+    return scaled(lax.transpose(product, [grouped.index(n) for n in range(len(grouped))]), adapter)
 
 
 def merged(weight: Inexact[Array, "*w"], adapter: Adapter) -> Inexact[Array, "*w"]:

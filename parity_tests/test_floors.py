@@ -33,7 +33,7 @@ FLOORS = [
     {"errors", "paths"},
     {"files", "adapter", "config", "packing"},
     {"lowrank", "initializers"},
-    {"merging", "layers", "contractions"},
+    {"merging", "layers", "contractions", "many"},
     {"rewrite"},
     {"linen", "nnx", "peft", "torch", "torch_compat"},
     {"assets"},

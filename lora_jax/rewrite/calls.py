@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from ..adapter import is_number
 from . import weight as weights
 from .interpret import Call, Record, base_of, interpret
 from .registry import Unsupported, rule
@@ -283,7 +284,8 @@ def _cotangent(weight: Any, cotangent: Any) -> Any:
         return replace(weight, base=cotangent)
     change, pull = jax.vjp(lambda a, b: weights.change(weight, a, b), weight.a, weight.b)
     a, b = pull(cotangent.astype(change.dtype))
-    return replace(weight, base=cotangent, a=a, b=b)
+    scale = weight.scale if is_number(weight.scale) else jnp.zeros_like(weight.scale)
+    return replace(weight, base=cotangent, a=a, b=b, scale=scale)
 
 
 def _is_inexact(operand: Any) -> bool:

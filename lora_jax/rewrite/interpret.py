@@ -75,11 +75,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Call:
-    """One equation that an adapted weight reaches, as its rule sees it."""
+    """One equation that an adapted weight reaches, as its rule sees it.
+
+    ``index`` is its place in its jaxpr, which the random keys of dropout are made from.
+    """
 
     record: Record
     inside: core.Jaxpr
     eqn: core.JaxprEqn
+    index: int
     dense_gradient: bool = False
 
     @property
@@ -126,8 +130,8 @@ class Call:
         key, path = self.record.dropout_key, weight.paths[0]
         if key is None or not adapter.dropout:
             return x, adapter
-        number = list(self.record.sites[path]).index(id(self.eqn))
-        return lowrank.drop(x, adapter, jax.random.fold_in(fold_in_path(key, path), number))
+        own = jax.random.fold_in(fold_in_path(key, path), self.index)
+        return lowrank.drop(x, adapter, own)
 
     def interpret(
         self,
@@ -136,8 +140,12 @@ class Call:
         dense_gradient: bool = False,
         dropout_key: Any = None,
     ) -> list[Any]:
-        """Run an inner jaxpr with the same record, a loop's step with a key of its own."""
+        """Run an inner jaxpr with the same record and a key of its own, or that of a loop's step.
+
+        JAX shares one inner jaxpr between the calls of a function; their keys must differ.
+        """
         key = self.record.dropout_key if dropout_key is None else dropout_key
+        key = None if key is None else jax.random.fold_in(key, self.index)
         dense_gradient |= self.dense_gradient
         record = replace(self.record, dropout_key=key)
         return interpret(record, closed, operands, dense_gradient=dense_gradient)
@@ -182,7 +190,9 @@ def interpret(
             pending.append(eqn)
             continue
         run_pending(index)
-        outs = _apply(Call(record, jaxpr, eqn, dense_gradient), [read(v) for v in eqn.invars])
+        outs = _apply(
+            Call(record, jaxpr, eqn, index, dense_gradient), [read(v) for v in eqn.invars]
+        )
         env.update(zip(eqn.outvars, outs, strict=True))
         weights |= {v for v, out in zip(eqn.outvars, outs, strict=True) if _is_weight(out)}
     run_pending(len(jaxpr.eqns))

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from .. import lowrank
 from ..adapter import IN, OUT, STACKED
 from .registry import Unsupported
 from .weight import STACK, UNIT, Label, LoraWeight, factor_axes, mirror, with_letters
@@ -124,9 +125,9 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
         raise Unsupported(
             f"weights with the axes {sorted({w.letters for w in weights})} are joined"
         )
-    scale = weights[0].scale
-    if any(weight.scale != scale for weight in weights):
-        weights = [replace(w, a=w.a * w.scale) for w in weights]
+    scale = lowrank.common_scale(weights)
+    if scale is None:
+        weights = [replace(w, a=lowrank.scaled(w.a, w)) for w in weights]
         scale = 1.0
     letter = weights[0].letters[axis]
     if axis_is_new:

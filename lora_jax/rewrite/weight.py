@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from .. import lowrank
-from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape
+from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pytree
 from .registry import Unsupported
 
 Label = tuple[int, int]
@@ -49,7 +48,7 @@ class Leaf:
     materialize: bool = False
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class LoraWeight:
     """Parameters as the traced function sees them at one point, and their A and B.
@@ -72,7 +71,7 @@ class LoraWeight:
     origin: tuple[frozenset[Label], ...] = field(metadata=dict(static=True))
     looped: frozenset[Label] = field(metadata=dict(static=True))
     leaves: tuple[Leaf, ...] = field(metadata=dict(static=True))
-    scale: float | int = field(default=1.0, metadata=dict(static=True))
+    scale: Any = field(default=1.0, metadata=dict(static=is_number))
 
     @property
     def planning(self) -> bool:

@@ -1,0 +1,299 @@
+"""Many adapters of one model at once: stacked to train together, selected to serve together.
+
+Adapters are arguments, so ``jax.vmap`` over a stack of them is all that this takes. The frozen
+weights are not mapped over: every product with one of them is one matmul of all rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Inexact, Int
+
+from . import paths
+from .adapter import STACKED, Adapter, Adapters, Full, is_number, pytree, rank
+from .errors import AdapterError, raise_all
+
+NONE = -1  # the index of "no adapter"
+
+Index = int | Int[Array | np.ndarray, "*batch"]
+
+
+@pytree
+@dataclass(frozen=True)
+class Stacked:
+    """K adapters of one model on a new leading axis.
+
+    Args:
+        adapters: what is trained, every leaf ``(K, ...)``. Ranks are padded with zeros to the
+            largest; the gradients of the padding are zero, so it stays zero. The scales are
+            not here, where weight decay would move them: ``rescale`` puts them in.
+        scales: the K scales of each path, which nothing trains.
+        ranks: the K ranks of each path.
+    """
+
+    adapters: Adapters
+    scales: Mapping[str, Any]
+    ranks: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata=dict(static=True))
+
+    @property
+    def size(self) -> int:
+        """The number of adapters, K."""
+        return jax.tree.leaves(dict(self.adapters))[0].shape[0]
+
+
+def stack(adapters: Sequence[Adapters]) -> Stacked:
+    """Return the adapters on a new leading axis; ranks and scales may differ.
+
+    Train them with ``jax.vmap`` over ``stacked.adapters`` and ``stacked.scales``, with
+    ``rescale`` inside the loss. Give each a seed, a batch or a learning rate of its own by
+    mapping over that, too.
+
+    Args:
+        adapters: of one model, with the same paths, axes, shapes, dtypes and dropout.
+
+    Raises:
+        AdapterError: lists every way in which an adapter differs from the first.
+
+    >>> def fn(params, x):
+    ...     return x @ params["w"]
+    >>> one = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
+    >>> two = {"w": Adapter(jnp.ones((3, 4)), jnp.ones((4, 2)), scale=0.5)}
+    >>> stacked = stack([one, two])
+    >>> stacked.adapters["w"].a.shape, stacked.scales["w"].tolist(), stacked.ranks
+    ((2, 3, 4), [2.0, 0.5], (('w', (1, 4)),))
+    """
+    raise_all(AdapterError, "these adapters cannot be stacked", _differences(adapters))
+    stacked, scales, ranks = {}, {}, {}
+    for path in adapters[0]:
+        entries = [one[path] for one in adapters]
+        pairs = [entry for entry in entries if isinstance(entry, Adapter)]
+        if pairs:
+            stacked[path] = _stack_pairs(pairs)
+            scales[path] = _stack_scales([entry.scale for entry in pairs])
+            ranks[path] = tuple(map(rank, pairs))
+        else:
+            stacked[path] = jax.tree.map(lambda *values: jnp.stack(values), *entries)
+    return Stacked(stacked, scales, tuple(sorted(ranks.items())))
+
+
+def unstack(stacked: Stacked) -> list[dict[str, Adapter | Full]]:
+    """Return the adapters of a stack, each with its own ranks and scales again.
+
+    >>> one = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
+    >>> two = {"w": Adapter(jnp.ones((3, 4)), jnp.ones((4, 2)), scale=0.5)}
+    >>> [(a["w"].a.shape, a["w"].scale) for a in unstack(stack([one, two]))]
+    [((3, 1), 2.0), ((3, 4), 0.5)]
+    """
+    ranks = dict(stacked.ranks)
+
+    def entry(path: str, k: int) -> Adapter | Full:
+        one = jax.tree.map(lambda leaf: leaf[k], stacked.adapters[path])
+        if isinstance(one, Full):
+            return one
+        scale = stacked.scales[path][k]
+        scale = scale if isinstance(scale, Tracer) else float(scale)
+        return replace(_with_rank(one, ranks[path][k]), scale=scale)
+
+    return [{path: entry(path, k) for path in stacked.adapters} for k in range(stacked.size)]
+
+
+def rescale(adapters: Adapters, scales: Mapping[str, Any]) -> dict[str, Adapter | Full]:
+    """Return the adapters with these scales, for use inside a loss that ``jax.vmap`` maps.
+
+    Args:
+        adapters: of a ``Stacked``, or one of them under ``jax.vmap``.
+        scales: its scales, likewise.
+
+    Raises:
+        AdapterError: lists the paths of which one has an adapter and the other has not.
+
+    >>> one = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
+    >>> stacked = stack([one, one])
+    >>> rescale(stacked.adapters, stacked.scales)["w"].scale.tolist()
+    [2.0, 2.0]
+    """
+    pairs = {path for path, entry in adapters.items() if isinstance(entry, Adapter)}
+    problems = [f"{path}: an adapter, but no scale" for path in pairs - scales.keys()]
+    problems += [f"{path}: a scale, but no adapter" for path in scales.keys() - pairs]
+    raise_all(AdapterError, "these scales are not those of the adapters", sorted(problems))
+    return {
+        path: replace(entry, scale=scales[path]) if isinstance(entry, Adapter) else entry
+        for path, entry in adapters.items()
+    }
+
+
+def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Adapter | Full]:
+    """Return one adapter of a stack, or one for each example of a batch.
+
+    Args:
+        stacked: K adapters.
+        index: which one, a scalar; or ``(batch,)``, and every leaf gets that leading axis for
+            ``per_example``. -1 is no adapter: A, B and the scale are zero, so that the example
+            gets the frozen model's output. A traced index that is out of range is -1, too.
+        params: the frozen parameters. Leaves trained in full have their values from here where
+            there is no adapter, so they are needed if there are such leaves and the index may
+            be -1, as a traced one may.
+
+    Raises:
+        AdapterError: an index is out of range, or ``params`` are needed and lack a leaf.
+
+    >>> one = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
+    >>> two = {"w": Adapter(jnp.ones((3, 4)), jnp.ones((4, 2)), scale=0.5)}
+    >>> batch = select(stack([one, two]), jnp.array([1, 0, -1, 1]))
+    >>> batch["w"].a.shape, batch["w"].scale.tolist()
+    ((4, 3, 4), [0.5, 2.0, 0.0, 0.5])
+    """
+    size, full = stacked.size, [p for p, e in stacked.adapters.items() if isinstance(e, Full)]
+    frozen = {} if params is None else paths.flatten(params)
+    raise_all(AdapterError, "cannot select", _index_problems(index, size, full, frozen))
+    index = jnp.asarray(index)
+    present = (index >= 0) & (index < size)
+
+    def take(values: Any) -> Array:
+        values = jnp.asarray(values)
+        return values.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    def entry(path: str, entry: Adapter | Full) -> Adapter | Full:
+        if isinstance(entry, Full):
+            value = take(entry.value)
+            return Full(_where(present, value, frozen[path]) if path in frozen else value)
+        scale = take(jnp.asarray(stacked.scales[path], float))
+        return replace(entry, a=take(entry.a), b=take(entry.b), scale=scale)
+
+    return {path: entry(path, each) for path, each in stacked.adapters.items()}
+
+
+def per_example(adapted: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``adapted`` with an adapter for each example: one batch, many adapters.
+
+    Each example runs as a batch of one, so a function written for batches need not change.
+    What it computes with the frozen weights is computed for all examples at once.
+
+    Args:
+        adapted: ``adapted(params, adapters, *args)``, such as ``lora(fn)``. Arrays in ``args``
+            and in what it returns have the batch as their leading axis. Keyword arguments are
+            the same for all examples, but for ``dropout_key``, which is split.
+
+    >>> from lora_jax import lora
+    >>> def fn(params, x):
+    ...     return x @ params["w"]
+    >>> one = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
+    >>> two = {"w": Adapter(jnp.ones((3, 4)), jnp.ones((4, 2)), scale=0.5)}
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((3, 3))
+    >>> batch = select(stack([one, two]), jnp.array([0, 1, -1]))
+    >>> per_example(lora(fn))(params, batch, x)[:, 0].tolist()
+    [9.0, 9.0, 3.0]
+    """
+
+    @functools.wraps(adapted)
+    def batched(
+        params: Any, adapters: Adapters, *args: Any, dropout_key: Any = None, **kwargs: Any
+    ) -> Any:
+        def one(adapters: Adapters, args: tuple[Any, ...], key: Any) -> Any:
+            args = jax.tree.map(lambda value: value[None], args)
+            options = kwargs if key is None else kwargs | {"dropout_key": key}
+            outs = adapted(params, adapters, *args, **options)
+            return jax.tree.map(lambda out: jnp.squeeze(out, 0), outs)
+
+        size = jax.tree.leaves(dict(adapters))[0].shape[0]
+        keys = None if dropout_key is None else jax.random.split(dropout_key, size)
+        return jax.vmap(one)(adapters, args, keys)
+
+    return batched
+
+
+def _stack_pairs(pairs: Sequence[Adapter]) -> Adapter:
+    largest = max(map(rank, pairs))
+    padded = [_with_rank(pair, largest) for pair in pairs]
+    a, b = jnp.stack([pair.a for pair in padded]), jnp.stack([pair.b for pair in padded])
+    return replace(pairs[0], a=a, b=b, scale=None)
+
+
+def _stack_scales(scales: Sequence[Any]) -> Any:
+    """Return the scales as one array; numbers keep all their digits for ``unstack``."""
+    if all(map(is_number, scales)):
+        return np.asarray(scales, np.float64)
+    return jnp.stack([jnp.asarray(scale, float) for scale in scales])
+
+
+def _with_rank(adapter: Adapter, r: int) -> Adapter:
+    """Return the adapter padded with zeros, or cut, to this rank."""
+
+    def resize(factor: Array, axis: int) -> Array:
+        more = r - factor.shape[axis]
+        if more <= 0:
+            return lax.slice_in_dim(factor, 0, r, axis=axis)
+        return jnp.pad(factor, [(0, more if n == axis else 0) for n in range(factor.ndim)])
+
+    a, b = resize(adapter.a, adapter.a.ndim - 1), resize(adapter.b, adapter.axes.count(STACKED))
+    return replace(adapter, a=a, b=b)
+
+
+def _where(
+    present: Bool[Array, "*batch"], value: Inexact[Array, "..."], frozen: Inexact[Array, "..."]
+) -> Inexact[Array, "..."]:
+    present = present.reshape(present.shape + (1,) * frozen.ndim)
+    return jnp.where(present, value, frozen.astype(value.dtype))
+
+
+def _index_problems(
+    index: Any, size: int, full: Sequence[str], frozen: Mapping[str, Any]
+) -> Iterator[str]:
+    traced = isinstance(index, Tracer)
+    numbers = [] if traced else np.asarray(index).ravel().tolist()
+    if wrong := sorted({n for n in numbers if not NONE <= n < size}):
+        yield f"index: got {wrong}, wanted {NONE} (no adapter) to {size - 1}"
+    if traced or NONE in numbers:
+        yield from (
+            f"{path}: trained in full, so an index of {NONE} needs its value from params"
+            for path in full
+            if path not in frozen
+        )
+
+
+def _differences(adapters: Sequence[Adapters]) -> Iterator[str]:
+    """Yield what keeps the adapters from being stacked."""
+    if not adapters or not adapters[0]:
+        yield "got no adapter, wanted at least one"
+        return
+    first = adapters[0]
+    for n, other in enumerate(adapters):
+        for path in sorted(first.keys() ^ other.keys()):
+            has, lacks = (0, n) if path in first else (n, 0)
+            yield f"{path}: adapter {has} has it, adapter {lacks} does not"
+        for path in sorted(first.keys() & other.keys()):
+            got, wanted = _facts(other[path]), _facts(first[path])
+            for name in wanted | got:
+                if got.get(name) != wanted.get(name):
+                    yield (
+                        f"{path}: {name} of adapter {n} is {got.get(name)}, "
+                        f"of adapter 0 {wanted.get(name)}"
+                    )
+            scale = getattr(other[path], "scale", 1.0)
+            if scale is None or np.ndim(scale):
+                got = "none" if scale is None else f"shape {np.shape(scale)}"
+                yield f"{path}: scale of adapter {n}: got {got}, wanted a number"
+
+
+def _facts(entry: Adapter | Full) -> dict[str, Any]:
+    """Return what must be equal in all adapters of a stack: all but the rank and the scale."""
+    if isinstance(entry, Full):
+        return {"kind": "Full", "shape": entry.value.shape, "dtype": entry.value.dtype}
+    at = entry.axes.count(STACKED)
+    return {
+        "kind": "Adapter",
+        "axes": entry.axes,
+        "dropout": entry.dropout,
+        "columns": entry.columns,
+        "shape": (entry.a.shape[:-1], entry.b.shape[:at] + entry.b.shape[at + 1 :]),
+        "dtype": (entry.a.dtype, entry.b.dtype),
+    }
