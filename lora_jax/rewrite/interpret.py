@@ -6,7 +6,7 @@ rule each. What the rules meet is recorded: where a weight is used, and where it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.extend import core
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
 from .registry import RULES, Unsupported
+from .runs import evaluate
 from .weight import LoraWeight, use
 
 # Under `disable_jit` these are opened as well, so that execution really is op by op.
@@ -114,7 +115,7 @@ class Call:
 
     def plain(self, *operands: Any) -> Any:
         """Run the equation as its author wrote it, on arrays."""
-        outs = _run(self.inside, [self.eqn], self.eqn.invars, self.eqn.outvars, operands)
+        outs = evaluate(self.inside, [self.eqn], self.eqn.invars, self.eqn.outvars, operands)
         return outs if self.eqn.primitive.multiple_results else outs[0]
 
 
@@ -136,11 +137,13 @@ def interpret(
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     def run_pending(upto: int) -> None:
+        if not pending:
+            return
         defined = {var: None for eqn in pending for var in eqn.outvars}
         used = {v: None for eqn in pending for v in eqn.invars if not isinstance(v, core.Literal)}
         inputs = [var for var in used if var not in defined]
         outputs = [var for var in defined if last_use.get(var, -1) >= upto]
-        outs = _run(jaxpr, pending, inputs, outputs, map(read, inputs))
+        outs = evaluate(jaxpr, pending, inputs, outputs, map(read, inputs))
         env.update(zip(outputs, outs, strict=True))
         pending.clear()
 
@@ -177,29 +180,6 @@ def _apply(call: Call, operands: list[Any]) -> list[Any]:
         call.record.keep_alive.append(call.eqn)
         outs = call.plain(*map(base_of, operands))
     return list(outs) if call.eqn.primitive.multiple_results else [outs]
-
-
-def _run(
-    inside: core.Jaxpr,
-    eqns: Sequence[core.JaxprEqn],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    values: Iterable[Any],
-) -> list[Any]:
-    """Evaluate some of a jaxpr's equations, those that no weight reaches, by JAX itself."""
-    arguments = {
-        var: value
-        for var, value in zip(inputs, values, strict=True)
-        if not isinstance(var, core.Literal)
-    }
-    part = inside.replace(
-        constvars=(),
-        invars=list(arguments),
-        outvars=list(outputs),
-        eqns=list(eqns),
-        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
-    )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*arguments.values())
 
 
 def _last_use(jaxpr: core.Jaxpr) -> dict[Any, int]:
