@@ -5,17 +5,19 @@ from .config import LoraConfig
 from .errors import LoraError
 from .merging import merge
 from .peft import load_config, load_pretrained, save_pretrained
-from .rewrite import Plan, lora, plan
+from .rewrite import Frugality, Plan, frugality, lora, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "Adapters",
+    "Frugality",
     "Full",
     "LoraConfig",
     "LoraError",
     "Plan",
+    "frugality",
     "load_config",
     "load_pretrained",
     "lora",

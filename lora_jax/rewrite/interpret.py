@@ -6,6 +6,7 @@ rule each. What the rules meet is recorded: where a weight is used, and where it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,11 +32,13 @@ class Site:
         primitive: the primitive's name.
         letters: the letter that this use gives each axis of the parameter.
         dense_gradient: whether an author's derivative around it forms the full ``dW``.
+        rows: how many vectors the weight meets here, in all steps of the loops around it.
     """
 
     primitive: str
     letters: str
     dense_gradient: bool = False
+    rows: int = 0
 
 
 @dataclass
@@ -43,13 +46,15 @@ class Record:
     """What one interpretation met, by the parameter's path and by the equation's identity.
 
     A loop body may be traced more than once; the identity keeps its sites from counting twice.
-    ``dropout_key`` is the random key of this interpretation, None for no dropout.
+    ``dropout_key`` is the random key of this interpretation, None for no dropout; ``times`` is how
+    often the loops around it run it.
     """
 
     sites: dict[str, dict[int, Site]] = field(default_factory=dict)
     rejected: dict[str, dict[int, str]] = field(default_factory=dict)
     keep_alive: list[Any] = field(default_factory=list)
     dropout_key: Any = None
+    times: int = 1
 
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""
@@ -88,7 +93,10 @@ class Call:
     def site(self, weight: LoraWeight, contracted: Sequence[int], batch: Sequence[int]) -> None:
         """Record that this equation is a site of the weight, or raise ``Unsupported``."""
         letters = use(weight, contracted, batch)
-        site = Site(self.eqn.primitive.name, letters, self.dense_gradient)
+        ends = {*contracted, *batch}
+        kept = math.prod(n for axis, n in enumerate(weight.base.shape) if axis not in ends)
+        rows = self.record.times * math.prod(self.out_shape) // max(kept, 1)
+        site = Site(self.eqn.primitive.name, letters, self.dense_gradient, rows)
         self.record.sites.setdefault(weight.leaf.path, {})[id(self.eqn)] = site
         self.record.keep_alive.append(self.eqn)
 
@@ -110,7 +118,8 @@ class Call:
         """Run an inner jaxpr with the same record, a loop's step with a key of its own."""
         key = self.record.dropout_key if dropout_key is None else dropout_key
         dense_gradient |= self.dense_gradient
-        record = replace(self.record, dropout_key=key)
+        turns = self.params["length"] if self.eqn.primitive.name == "scan" else 1
+        record = replace(self.record, dropout_key=key, times=turns * self.record.times)
         return interpret(record, closed, operands, dense_gradient=dense_gradient)
 
     def plain(self, *operands: Any) -> Any:

@@ -47,14 +47,18 @@ def evaluate(
             eqns=list(eqns),
             effects=frozenset().union(*(eqn.effects for eqn in eqns)),
         )
-        return core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))
+        return as_function(core.ClosedJaxpr(part, ()))
 
     # Without a tracer nothing is traced, and every operation is compiled by itself already.
     traced = any(isinstance(value, Tracer) for value in arguments.values())
     structure = _structure(eqns, tuple(arguments), outputs) if traced else None
     if structure is None:
         return function()(*arguments.values())
-    return _shared(structure).of(function)(*arguments.values())
+    return shared(structure).of(function)(*arguments.values())
+
+
+# As JAX evaluates a jaxpr: one equation after the other.
+as_function = core.jaxpr_as_fun
 
 
 class _Shared:
@@ -72,7 +76,8 @@ class _Shared:
 
 
 @functools.lru_cache(maxsize=1024)
-def _shared(structure: Hashable) -> _Shared:
+def shared(structure: Hashable) -> _Shared:
+    """Return what every run of equations of this structure shares."""
     return _Shared()
 
 
@@ -91,7 +96,7 @@ def _structure(
         ]
         params = [(name, type(value), _exact(value)) for name, value in eqn.params.items()]
         scope = eqn.source_info.name_stack
-        parts.append((eqn.primitive, *operands, *params, eqn.ctx, scope))
+        parts.append((eqn.primitive, *operands, *params, len(eqn.outvars), eqn.ctx, scope))
         for var in eqn.outvars:
             number[var] = len(number)
     structure = (tuple(parts), len(inputs), *(number[var] for var in outputs))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..adapter import Adapter, Adapters, Full, check_fit
 from ..errors import AdapterError, raise_all
 from .interpret import Record, interpret
-from .trace import trace
+from .trace import Traced, trace
 from .weight import LoraWeight, enter
 
 
@@ -47,27 +47,31 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         check_fit(params, adapters)
         traced = trace(fn, params, args, kwargs)
-        operands = list(traced.operands)
-        for place, path in enumerate(traced.paths):
-            match adapters.get(path):
-                case Full(value):
-                    operands[place] = value
-                case Adapter() as adapter:
-                    operands[place] = enter(path, operands[place], adapter)
         record = Record(dropout_key=dropout_key)
-        outs = interpret(record, traced.closed, operands)
-        reject_outputs(record, outs)
-        record.raise_rejected()
-        low_rank = {path for path, adapter in adapters.items() if isinstance(adapter, Adapter)}
-        unused = sorted(low_rank - record.sites.keys())
-        raise_all(
-            AdapterError,
-            "these adapters are never applied by the function",
-            (f"{path}: no product uses it" for path in unused),
-        )
+        outs = apply(record, traced, traced.operands, adapters)
+        reject_unused(record, adapters)
         return traced.rebuild(outs)
 
     return adapted
+
+
+def apply(record: Record, traced: Traced, operands: Sequence[Any], adapters: Adapters) -> list[Any]:
+    """Return the outputs of a traced function with these adapters in it.
+
+    Raises:
+        PlanError: a weight is used in a way that has no rule.
+    """
+    values = list(operands)
+    for place, path in enumerate(traced.paths):
+        match adapters.get(path):
+            case Full(value):
+                values[place] = value
+            case Adapter() as adapter:
+                values[place] = enter(path, values[place], adapter)
+    outs = interpret(record, traced.closed, values)
+    reject_outputs(record, outs)
+    record.raise_rejected()
+    return outs
 
 
 def reject_outputs(record: Record, outs: list[Any]) -> None:
@@ -75,3 +79,14 @@ def reject_outputs(record: Record, outs: list[Any]) -> None:
     for n, out in enumerate(outs):
         if isinstance(out, LoraWeight):
             record.rejected.setdefault(out.leaf.path, {})[-1 - n] = "the function returns it"
+
+
+def reject_unused(record: Record, adapters: Adapters) -> None:
+    """Raise one ``AdapterError`` with every low-rank pair that no product has used."""
+    low_rank = {path for path, adapter in adapters.items() if isinstance(adapter, Adapter)}
+    unused = sorted(low_rank - record.sites.keys())
+    raise_all(
+        AdapterError,
+        "these adapters are never applied by the function",
+        (f"{path}: no product uses it" for path in unused),
+    )
