@@ -6,18 +6,20 @@ from .errors import LoraError
 from .many import Stacked, per_example, rescale, select, stack, unstack
 from .merging import merge
 from .peft import load_config, load_pretrained, save_pretrained
-from .rewrite import Plan, lora, plan
+from .rewrite import Frugality, Plan, frugality, lora, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "Adapters",
+    "Frugality",
     "Full",
     "LoraConfig",
     "LoraError",
     "Plan",
     "Stacked",
+    "frugality",
     "load_config",
     "load_pretrained",
     "lora",

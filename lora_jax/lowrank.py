@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,27 @@ def dot(
     >>> dot(jnp.ones((4, 3)), adapter, contract=([1], [0]))[0]
     Array([3., 3., 3., 3., 3.], dtype=float32)
     """
+    return _dot(
+        x,
+        adapter,
+        contract=tuple(map(tuple, contract)),
+        batch=tuple(map(tuple, batch)),
+        weight_first=weight_first,
+        precision=precision,
+    )
+
+
+# Inlined: layers of one shape share one tracing, and nothing of it stays in the caller's jaxpr.
+@partial(jax.jit, inline=True, static_argnames=("contract", "batch", "weight_first", "precision"))
+def _dot(
+    x: Array,
+    adapter: Adapter,
+    *,
+    contract: tuple[Axes, Axes],
+    batch: tuple[Axes, Axes],
+    weight_first: bool,
+    precision: lax.PrecisionLike,
+) -> Array:
     x_contract, w_contract = contract
     x_batch, w_batch = batch
     transposed = bool(w_contract) and adapter.axes[w_contract[0]] == OUT
@@ -107,6 +129,7 @@ def drop(
     return jnp.where(keep, x, 0), replace(adapter, scale=adapter.scale / (1 - adapter.dropout))
 
 
+@partial(jax.jit, inline=True)
 def add(y: Inexact[Array, "*out"], addend: Inexact[Array, "*out"]) -> Inexact[Array, "*out"]:
     """Return ``y + addend``, summed in the wider dtype and rounded once to y's."""
     wide = wider(y.dtype, addend.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,12 +93,6 @@ def test_modules_import_only_lower_floors():
 def test_a_planted_breach_is_seen():
     assert breaches({"lowrank": "from .rewrite import plan"}) == ["lowrank -> rewrite"]
     assert breaches({"rewrite.plan": "from .. import linen"}) == ["rewrite.plan -> linen"]
-
-
-def test_only_public_api_of_jax_and_flax():
-    private = re.compile(r"\b(jax|jaxlib|flax)\.?_src\b|__code__|currentframe|_getframe")
-    assert [name for name, text in sources().items() if private.search(text)] == []
-    assert private.search("from jax._src import core")
 
 
 def test_only_the_command_line_prints():

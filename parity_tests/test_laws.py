@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from functools import partial
 
@@ -14,6 +13,7 @@ import pytest
 
 from lora_jax import LoraConfig, lora, lowrank, merge, paths, plan
 from lora_jax.adapter import pick
+from lora_jax.rewrite.frugality import compiled, sizes_of, weight_sized
 from parity_tests import subjects, subjects_products, subjects_structure
 from parity_tests.subjects import Subject
 
@@ -92,8 +92,8 @@ def frugality(subject: Subject) -> None:
     adapters, params, x = random_adapters(subject)
     step = jax.grad(lambda a, p, x: loss(lambda a: lora(subject.fn)(p, a, x), a))
     base = jax.grad(lambda x, p: loss(lambda x: subject.fn(p, x), x))
-    added = Counter(weight_sized(step, subject, adapters, params, x))
-    added -= Counter(weight_sized(base, subject, x, params))
+    added = Counter(of_a_weights_size(step, subject, adapters, params, x))
+    added -= Counter(of_a_weights_size(base, subject, x, params))
     assert bool(added) == (subject.dense_gradient or subject.materialized), added
 
 
@@ -141,45 +141,10 @@ def test_law(law, subject):
     law(subject)
 
 
-# Instructions that only move or rename what is already there.
-_MOVES = {
-    "parameter",
-    "copy",
-    "bitcast",
-    "transpose",
-    "reshape",
-    "convert",
-    "slice",
-    "dynamic-slice",
-    "get-tuple-element",
-    "fusion",
-    "call",
-    "while",
-    "tuple",
-    "copy-start",
-    "copy-done",
-}
-
-
-def weight_sized(step, subject: Subject, *args) -> list[str]:
+def of_a_weights_size(step, subject: Subject, *args) -> list[str]:
     """Return every compiled instruction that computes something of a frozen weight's sizes."""
-    hlo = jax.jit(step).lower(*args).compile().as_text()
-    sizes = {
-        tuple(sorted(n for n in kept if n != 1))
-        for path, axes in subject.axes.items()
-        for kept in (
-            subject.shapes[path],
-            [n for n, letter in zip(subject.shapes[path], axes, strict=True) if letter != "s"],
-        )
-    }
-    found = []
-    for line in hlo.splitlines():
-        match = re.match(r"\s*(?:ROOT )?(\S+) = \w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
-        if match and match[3] not in _MOVES and match[2]:
-            shape = tuple(sorted(int(n) for n in match[2].split(",") if n != "1"))
-            if shape in sizes:
-                found.append(f"{match[3]}[{match[2]}]")
-    return found
+    sizes = [s for path, axes in subject.axes.items() for s in sizes_of(subject.shapes[path], axes)]
+    return weight_sized(compiled(step, *args), sizes)
 
 
 def test_frugality_sees_a_merged_weight():
@@ -189,7 +154,7 @@ def test_frugality_sees_a_merged_weight():
     def merged_step(adapters, params, x):
         return loss(lambda a: subject.fn(merge(params, a), x), adapters)
 
-    assert weight_sized(jax.grad(merged_step), subject, adapters, params, x)
+    assert of_a_weights_size(jax.grad(merged_step), subject, adapters, params, x)
 
 
 def test_remat_keeps_the_authors_policy():

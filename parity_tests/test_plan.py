@@ -7,13 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import LoraConfig as PeftConfig
-from peft.tuners.lora import LoraModel
 
 from lora_jax import Adapter, Full, LoraConfig, lora, merge, plan
-from lora_jax import config as configs
 from lora_jax.adapter import count
 from lora_jax.errors import AdapterError, ConfigError, PlanError
 from parity_tests import subjects
@@ -94,45 +89,6 @@ def test_config_lists_every_bad_field():
         )
     for name in ("r:", "lora_alpha", "lora_dropout", "bias", "rank_pattern['q']", "'('", "score"):
         assert name in str(error.value)
-
-
-MODULES = [
-    "query",
-    "layer.0.query",
-    "layer.0.subquery",
-    "layer.1.attn.query",
-    "layer.11.attn.query",
-    "query.proj",
-    "a.query.b",
-    "value",
-]
-PATTERNS = ["query", "0.query", "layer.1.attn.query", "proj", r".*query", r"layer\.1.*", r"(a|b)"]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(MODULES),
-    st.one_of(st.sampled_from(PATTERNS), st.lists(st.sampled_from(PATTERNS), min_size=1)),
-)
-def test_target_modules_match_as_in_peft(module, names):
-    config = PeftConfig(target_modules=names)
-    wanted = bool(LoraModel._check_target_module_exists(config, module))
-    assert configs.matches(config.target_modules and names, module) == wanted
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(MODULES),
-    st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 64)),
-    st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 64)),
-)
-def test_rank_and_alpha_patterns_resolve_as_in_peft(module, ranks, alphas):
-    from peft.utils.other import get_pattern_key
-
-    config = LoraConfig(r=5, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas)
-    r = ranks.get(get_pattern_key(ranks.keys(), module), 5)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), 7)
-    assert configs.rank_and_alpha(config, module) == (r, alpha)
 
 
 def test_scale_rank_patterns_and_totals():

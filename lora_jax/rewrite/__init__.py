@@ -4,9 +4,21 @@ One rule for each primitive, in ``structure``, ``products`` and ``calls``.
 """
 
 from . import calls, products, structure  # noqa: F401  (importing registers the rules)
+from .frugality import Frugality, frugality
 from .plan import LeafPlan, Plan, plan
 from .registry import RULES, Unsupported, rule
 from .transform import lora
 from .weight import LoraWeight
 
-__all__ = ["RULES", "LeafPlan", "LoraWeight", "Plan", "Unsupported", "lora", "plan", "rule"]
+__all__ = [
+    "RULES",
+    "Frugality",
+    "LeafPlan",
+    "LoraWeight",
+    "Plan",
+    "Unsupported",
+    "frugality",
+    "lora",
+    "plan",
+    "rule",
+]

@@ -6,7 +6,8 @@ rule each. What the rules meet is recorded: where a weight is used, and where it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..adapter import Adapter
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
 from .registry import RULES, Unsupported
+from .runs import evaluate
 from .trace import canonical
 from .weight import LoraWeight, dense, use, window_axes
 
@@ -34,12 +36,14 @@ class Site:
         letters: the letter that this use gives each axis of the parameter.
         dense_gradient: whether an author's derivative around it forms the full ``dW``.
         window: the parameter's axes that slide over the input.
+        rows: how many vectors the weight meets here, in all steps of the loops around it.
     """
 
     primitive: str
     letters: str
     dense_gradient: bool = False
     window: frozenset[int] = frozenset()
+    rows: int = 0
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Record:
         formed: the paths whose ``W + s·A·B`` was formed.
         keep_alive: the equations, so that their identities stay theirs.
         dropout_key: the random key of this interpretation, None for no dropout.
+        times: how often the loops around it run it.
     """
 
     sites: dict[str, dict[int, Site]] = field(default_factory=dict)
@@ -63,6 +68,7 @@ class Record:
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
     dropout_key: Any = None
+    times: int = 1
 
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""
@@ -113,10 +119,13 @@ class Call:
 
         The arguments are those of ``use``.
         """
-        found = use(weight, contracted, batch, window)
+        found, name = use(weight, contracted, batch, window), self.eqn.primitive.name
+        ends = {*contracted, *batch}
+        kept = math.prod(n for axis, n in enumerate(weight.base.shape) if axis not in ends)
+        rows = self.record.times * math.prod(self.out_shape) // max(kept, 1)
         for n, leaf in enumerate(weight.leaves):
             slides = window_axes(weight, window, n)
-            site = Site(self.eqn.primitive.name, found[leaf.path], self.dense_gradient, slides)
+            site = Site(name, found[leaf.path], self.dense_gradient, slides, rows)
             self.record.sites.setdefault(leaf.path, {})[id(self.eqn)] = site
         self.record.keep_alive.append(self.eqn)
 
@@ -147,12 +156,13 @@ class Call:
         key = self.record.dropout_key if dropout_key is None else dropout_key
         key = None if key is None else jax.random.fold_in(key, self.index)
         dense_gradient |= self.dense_gradient
-        record = replace(self.record, dropout_key=key)
+        turns = self.params["length"] if self.eqn.primitive.name == "scan" else 1
+        record = replace(self.record, dropout_key=key, times=turns * self.record.times)
         return interpret(record, closed, operands, dense_gradient=dense_gradient)
 
     def plain(self, *operands: Any) -> Any:
         """Run the equation as its author wrote it, on arrays."""
-        outs = _run(self.inside, [self.eqn], self.eqn.invars, self.eqn.outvars, operands)
+        outs = evaluate(self.inside, [self.eqn], self.eqn.invars, self.eqn.outvars, operands)
         return outs if self.eqn.primitive.multiple_results else outs[0]
 
 
@@ -174,11 +184,13 @@ def interpret(
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     def run_pending(upto: int) -> None:
+        if not pending:
+            return
         defined = {var: None for eqn in pending for var in eqn.outvars}
         used = {v: None for eqn in pending for v in eqn.invars if not isinstance(v, core.Literal)}
         inputs = [var for var in used if var not in defined]
         outputs = [var for var in defined if last_use.get(var, -1) >= upto]
-        outs = _run(jaxpr, pending, inputs, outputs, map(read, inputs))
+        outs = evaluate(jaxpr, pending, inputs, outputs, map(read, inputs))
         env.update(zip(outputs, outs, strict=True))
         pending.clear()
 
@@ -243,29 +255,6 @@ def _reject(call: Call, weight: LoraWeight, why: Unsupported) -> None:
 def _source(eqn: core.JaxprEqn) -> str:
     """Return file and line of the author's code that an equation came from."""
     return source_info_util.summarize(eqn.source_info)
-
-
-def _run(
-    inside: core.Jaxpr,
-    eqns: Sequence[core.JaxprEqn],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    values: Iterable[Any],
-) -> list[Any]:
-    """Evaluate some of a jaxpr's equations, those that no weight reaches, by JAX itself."""
-    arguments = {
-        var: value
-        for var, value in zip(inputs, values, strict=True)
-        if not isinstance(var, core.Literal)
-    }
-    part = inside.replace(
-        constvars=(),
-        invars=list(arguments),
-        outvars=list(outputs),
-        eqns=list(eqns),
-        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
-    )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*arguments.values())
 
 
 def _last_use(jaxpr: core.Jaxpr) -> dict[Any, int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import lowrank, paths
 from ..adapter import Adapter, Adapters, Full, check_fit
 from ..errors import AdapterError, raise_all
 from .interpret import Record, interpret
-from .trace import trace
+from .trace import Traced, trace
 from .weight import LoraWeight, enter
 
 
@@ -48,32 +48,31 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         check_fit(params, adapters)
         traced = trace(fn, params, args, kwargs)
-        operands = list(traced.operands)
-        parts: dict[str, list[Adapter]] = {}
-        for name, adapter in adapters.items():
-            if isinstance(adapter, Adapter):
-                parts.setdefault(paths.parameter_of(name), []).append(adapter)
-        for place, path in enumerate(traced.paths):
-            whole = adapters.get(path)
-            if isinstance(whole, Full):
-                operands[place] = whole.value
-            elif path in parts:
-                operands[place] = enter(
-                    path, operands[place], lowrank.joined(parts[path], operands[place].shape)
-                )
         record = Record(dropout_key=dropout_key)
-        outs = interpret(record, traced.closed, operands)
-        reject_outputs(record, outs)
-        record.raise_rejected()
-        unused = sorted(parts.keys() - record.sites.keys() - record.formed)
-        raise_all(
-            AdapterError,
-            "these adapters are never applied by the function",
-            (f"{path}: no product uses it" for path in unused),
-        )
+        outs = apply(record, traced, traced.operands, adapters)
+        reject_unused(record, adapters)
         return traced.rebuild(outs)
 
     return adapted
+
+
+def apply(record: Record, traced: Traced, operands: Sequence[Any], adapters: Adapters) -> list[Any]:
+    """Return the outputs of a traced function with these adapters in it.
+
+    Raises:
+        PlanError: a weight is used in a way that has no rule.
+    """
+    values, parts = list(operands), _parts(adapters)
+    for place, path in enumerate(traced.paths):
+        whole, base = adapters.get(path), values[place]
+        if isinstance(whole, Full):
+            values[place] = whole.value
+        elif path in parts:
+            values[place] = enter(path, base, lowrank.joined(parts[path], base.shape))
+    outs = interpret(record, traced.closed, values)
+    reject_outputs(record, outs)
+    record.raise_rejected()
+    return outs
 
 
 def reject_outputs(record: Record, outs: list[Any]) -> None:
@@ -82,3 +81,22 @@ def reject_outputs(record: Record, outs: list[Any]) -> None:
         if isinstance(out, LoraWeight):
             for path in out.paths:
                 record.rejected.setdefault(path, {})[-1 - n] = "the function returns it"
+
+
+def reject_unused(record: Record, adapters: Adapters) -> None:
+    """Raise one ``AdapterError`` with every low-rank pair that no product has used."""
+    unused = sorted(_parts(adapters).keys() - record.sites.keys() - record.formed)
+    raise_all(
+        AdapterError,
+        "these adapters are never applied by the function",
+        (f"{path}: no product uses it" for path in unused),
+    )
+
+
+def _parts(adapters: Adapters) -> dict[str, list[Adapter]]:
+    """Return the pairs of every parameter: one, or one for each range of its columns."""
+    parts: dict[str, list[Adapter]] = {}
+    for name, adapter in adapters.items():
+        if isinstance(adapter, Adapter):
+            parts.setdefault(paths.parameter_of(name), []).append(adapter)
+    return parts

@@ -1,0 +1,340 @@
+"""``frugality``: what a gradient step over the adapters costs, and what it should.
+
+With one frozen matrix of N values a token costs 2N FLOPs forwards and 2N for the input's
+gradient: 4N. Training it in full takes 2N more for ``dW``, and merging it before the product
+computes ``W + s·A·B``. The report shows whether any of that is in the compiled program.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from .. import lowrank
+from ..adapter import IN, OUT, STACKED, Adapter, Adapters, check_fit, pick, rank
+from ..errors import PlanError
+from .interpret import Record
+from .plan import _survey
+from .trace import Traced, trace
+from .transform import apply, reject_unused
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Frugality:
+    """The FLOPs of one gradient step over the adapters. Printing it shows a table.
+
+    Args:
+        flops: of the step, as XLA counts the program before it optimises it.
+        forward: of the function without adapters.
+        input_gradient: of carrying the gradient back to the first adapted weight, without
+            adapters and without any ``dW``, except an author's own.
+        low_rank: of the products with A and B, ``2·rows·r·(in + out)`` forwards and twice that
+            backwards.
+        floor: ``4·rows·in·out`` over the products of all matrices, adapted or not.
+        weight_sized: every compiled instruction that computes something of an adapted weight's
+            size and that the function without adapters does not compute, such as
+            ``add[64,48]``: a merged weight, a ``dW``, a zero for it.
+        notes: what the figures do not cover.
+    """
+
+    flops: int
+    forward: int
+    input_gradient: int
+    low_rank: int
+    floor: int
+    weight_sized: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> int:
+        """What the step should cost: forward, input gradient and low-rank products."""
+        return self.forward + self.input_gradient + self.low_rank
+
+    @property
+    def excess(self) -> float:
+        """The share that the step costs beyond what is expected."""
+        return self.flops / self.expected - 1
+
+    @property
+    def over_floor(self) -> float:
+        """The step's cost in units of 4N a token."""
+        return self.flops / self.floor if self.floor else math.inf
+
+    def __str__(self) -> str:
+        rows = {
+            "base, forward": self.forward,
+            "base, input gradient": self.input_gradient,
+            "low-rank products": self.low_rank,
+            "expected": self.expected,
+            "step": self.flops,
+            "floor, 4N a token": self.floor,
+        }
+        lines = [f"{name:<20}  {flops:>20,} FLOPs" for name, flops in rows.items()]
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"the step costs {100 * self.excess:+.2f} % of what is expected, "
+                f"and {self.over_floor:.3f} of the floor",
+                f"weight-sized: {', '.join(self.weight_sized) or 'nothing'}",
+                *self.notes,
+            ]
+        )
+
+
+def frugality(
+    fn: Callable[..., Any], params: Any, adapters: Adapters, *args: Any, **kwargs: Any
+) -> Frugality:
+    """Report what a gradient step of ``lora(fn)(params, adapters, *args)`` costs.
+
+    The step differentiates the sum of the outputs, which is the output itself where ``fn``
+    returns a loss. Programs are compiled and read; none is run.
+
+    Steps of a scan are all counted, where XLA's own figure has one. A ``while`` loop, whose
+    number of steps is unknown, counts as one step, and a note says so.
+
+    Args:
+        fn: any JAX function whose first argument is a pytree of parameters.
+        params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
+        adapters: likewise, as ``plan.abstract()`` makes them.
+        *args: example arguments of ``fn``.
+        **kwargs: example keyword arguments.
+
+    Raises:
+        AdapterError: an adapter fits no parameter.
+        PlanError: ``fn`` returns nothing that could be differentiated, or uses an adapted weight
+            in a way that has no rule.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax import LoraConfig, plan
+    >>> fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
+    >>> params = {"up": jnp.ones((64, 48)), "down": jnp.ones((48, 32))}
+    >>> x = jnp.ones((128, 64))
+    >>> adapters = plan(fn, params, LoraConfig(r=4, target_modules=["down"]), x).abstract()
+    >>> report = frugality(fn, params, adapters, x)
+    >>> report.floor, report.low_rank, abs(report.excess) < 0.05
+    (2359296, 245760, True)
+    >>> report.weight_sized
+    ()
+    """
+    check_fit(params, adapters)
+    traced, record = trace(fn, params, args, kwargs), _survey(fn, params, args, kwargs)
+    reject_unused(record, adapters)
+    low_rank = {path: x for path, x in adapters.items() if isinstance(x, Adapter)}
+    shapes = {path: tuple(traced.operands[n].shape) for n, path in enumerate(traced.paths)}
+    trained = {n: traced.operands[n] for n, path in enumerate(traced.paths) if path in adapters}
+
+    def step(adapters: Adapters, operands: list[Any]) -> Any:
+        return _total(apply(Record(), traced, operands, adapters))
+
+    def plain(chosen: Mapping[int, Any], operands: list[Any]) -> Any:
+        values = [chosen.get(n, value) for n, value in enumerate(operands)]
+        return _total(core.jaxpr_as_fun(traced.closed)(*values))
+
+    notes: set[str] = set()
+    flops = count(jax.value_and_grad(step), dict(adapters), traced.operands, notes=notes)
+    forward = count(plain, {}, traced.operands)
+    # What training these weights in full costs, less their own gradients.
+    full = count(jax.value_and_grad(plain), trained, traced.operands)
+    own = sum(
+        2 * site.rows * _in_times_out(shapes[path], site.letters)
+        for path in low_rank
+        for site in record.sites[path].values()
+        if not site.dense_gradient
+    )
+    sizes = _sizes(shapes, low_rank)
+    ours = weight_sized(compiled(jax.value_and_grad(step), dict(adapters), traced.operands), sizes)
+    theirs = jax.value_and_grad(plain) if (fed := _fed(traced, trained)) else plain
+    known = weight_sized(compiled(theirs, fed, traced.operands), sizes)
+    return Frugality(
+        flops,
+        forward,
+        full - own - forward,
+        _low_rank(record, shapes, low_rank),
+        sum(
+            4 * site.rows * _in_times_out(shapes[path], site.letters)
+            for path, found in record.sites.items()
+            for site in found.values()
+        ),
+        tuple(sorted((Counter(ours) - Counter(known)).elements())),
+        tuple(sorted(notes | _ambiguous(record, shapes, low_rank))),
+    )
+
+
+def count(fn: Callable[..., Any], *operands: Any, notes: set[str] | None = None) -> int:
+    """Return the FLOPs of ``fn(*operands)``, with every step of every scan.
+
+    Args:
+        fn: the function.
+        *operands: arrays or ``jax.ShapeDtypeStruct``.
+        notes: where to say what has been left out.
+
+    >>> import jax.numpy as jnp
+    >>> ten = lambda x: jax.lax.scan(lambda h, _: (h @ h, None), x, None, length=10)[0]
+    >>> count(ten, jax.ShapeDtypeStruct((8, 8), jnp.float32)) // (2 * 8**3)
+    10
+    """
+    traced = jax.jit(fn).trace(*operands)
+    notes = set() if notes is None else notes
+    return _flops(traced) + _uncounted(traced.jaxpr.jaxpr, notes)
+
+
+def compiled(fn: Callable[..., Any], *operands: Any) -> str:
+    """Return the optimised program of ``fn(*operands)``, as XLA writes it."""
+    return jax.jit(fn).lower(*operands).compile().as_text() or ""
+
+
+# Instructions that only move or rename what is already there.
+_MOVES = {
+    "parameter",
+    "copy",
+    "bitcast",
+    "transpose",
+    "reshape",
+    "convert",
+    "slice",
+    "dynamic-slice",
+    "get-tuple-element",
+    "fusion",
+    "call",
+    "while",
+    "tuple",
+    "copy-start",
+    "copy-done",
+}
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?\S+ = \w+\[([\d,]*)\]\S* ([\w-]+)\(")
+
+
+def weight_sized(program: str, shapes: Iterable[Iterable[int]]) -> list[str]:
+    """Return every instruction of a compiled program that computes something of these sizes.
+
+    Axes may come in any order, and axes of size 1 do not count.
+
+    Args:
+        program: see ``compiled``.
+        shapes: of weights.
+
+    >>> weight_sized("ROOT %sum = f32[3,2]{1,0} add(%a, %b)", [(2, 3)])
+    ['add[3,2]']
+    """
+    sizes = {tuple(sorted(n for n in shape if n != 1)) for shape in shapes}
+    found = []
+    for line in program.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match and match[2] not in _MOVES and match[1]:
+            shape = tuple(sorted(int(n) for n in match[1].split(",") if n != "1"))
+            if shape in sizes:
+                found.append(f"{match[2]}[{match[1]}]")
+    return found
+
+
+def sizes_of(shape: Shape, axes: str) -> list[Shape]:
+    """Return a weight's shape, and its shape in one step of a loop over its stacked axes.
+
+    >>> sizes_of((6, 64, 48), "sio")
+    [(6, 64, 48), (64, 48)]
+    """
+    return [shape, tuple(n for n, axis in zip(shape, axes, strict=True) if axis != STACKED)]
+
+
+def _uncounted(jaxpr: core.Jaxpr, notes: set[str]) -> int:
+    """Return the FLOPs of the steps that XLA does not count: it counts a loop's body once."""
+    flops = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            notes.add("a while loop is counted as one step")
+        for body in core.jaxprs_in_params(eqn.params):
+            inner = _uncounted(body, notes)
+            flops += inner
+            if eqn.primitive.name == "scan":
+                length, unroll = eqn.params["length"], int(eqn.params["unroll"])
+                counted = unroll + length % unroll if length >= unroll else length
+                flops += (length - counted) * _once(body) + (length - 1) * inner
+    return flops
+
+
+def _once(body: core.Jaxpr) -> int:
+    operands = [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # pyright: ignore
+        for v in (*body.constvars, *body.invars)
+    ]
+
+    def run(*values: Any) -> list[Any]:
+        consts = len(body.constvars)
+        return core.jaxpr_as_fun(core.ClosedJaxpr(body, values[:consts]))(*values[consts:])
+
+    return _flops(jax.jit(run).trace(*operands))
+
+
+def _flops(traced: Any) -> int:
+    return round(traced.lower().cost_analysis().get("flops", 0))
+
+
+def _total(outs: Iterable[Any]) -> Any:
+    """Return the sum of what can be differentiated of a function's outputs."""
+    sums = [jnp.sum(out) for out in outs if jnp.issubdtype(out.dtype, jnp.inexact)]
+    if not sums:
+        raise PlanError("the function returns nothing of a floating dtype to differentiate")
+    wide = functools.reduce(lowrank.wider, (one.dtype for one in sums))
+    return sum(one.astype(wide) for one in sums)
+
+
+def _fed(traced: Traced, trained: Mapping[int, Any]) -> dict[int, Any]:
+    """Return what the base is differentiated by, to see what its input gradient computes.
+
+    These are the floating arguments, and the vectors among the frozen parameters: norms and
+    biases lie all along the way of the gradient and have no matrix of their own.
+    """
+    return {
+        n: operand
+        for n, operand in enumerate(traced.operands)
+        if jnp.issubdtype(operand.dtype, jnp.inexact)
+        and (n >= len(traced.paths) or (n not in trained and operand.ndim < 2))
+    }
+
+
+def _low_rank(record: Record, shapes: Mapping[str, Shape], adapters: Mapping[str, Adapter]) -> int:
+    """Return the FLOPs of the products with A and B: ``2·rows·r·(in + out)``, three times."""
+    return sum(
+        6 * site.rows * rank(adapter) * sum(_in_and_out(shapes[path], site.letters))
+        for path, adapter in adapters.items()
+        for site in record.sites[path].values()
+    )
+
+
+def _ambiguous(
+    record: Record, shapes: Mapping[str, Shape], adapters: Mapping[str, Adapter]
+) -> set[str]:
+    """Say which activations have the sizes of a weight, so that neither can be told by its size."""
+    sizes = {tuple(sorted(size)) for size in _sizes(shapes, adapters)}
+    return {
+        f"{site.rows} rows of {width} values are as large as a weight: for a clear answer take "
+        "another number of rows"
+        for path in adapters
+        for site in record.sites[path].values()
+        for width in _in_and_out(shapes[path], site.letters)
+        if tuple(sorted((site.rows, width))) in sizes
+    }
+
+
+def _sizes(shapes: Mapping[str, Shape], adapters: Mapping[str, Adapter]) -> set[Shape]:
+    return {size for path, x in adapters.items() for size in sizes_of(shapes[path], x.axes)}
+
+
+def _in_times_out(shape: Shape, letters: str) -> int:
+    return math.prod(_in_and_out(shape, letters))
+
+
+def _in_and_out(shape: Shape, letters: str) -> tuple[int, int]:
+    return math.prod(pick(shape, letters, IN)), math.prod(pick(shape, letters, OUT))

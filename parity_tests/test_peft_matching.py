@@ -1,0 +1,60 @@
+"""What is decided as PEFT and PyTorch decide it: which modules a pattern means, and A's draw."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import LoraModel
+from peft.utils.other import get_pattern_key
+
+from lora_jax import LoraConfig
+from lora_jax import config as configs
+from lora_jax.initializers import draw
+
+MODULES = [
+    "query",
+    "layer.0.query",
+    "layer.0.subquery",
+    "layer.1.attn.query",
+    "layer.11.attn.query",
+    "query.proj",
+    "a.query.b",
+    "value",
+]
+PATTERNS = ["query", "0.query", "layer.1.attn.query", "proj", r".*query", r"layer\.1.*", r"(a|b)"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(MODULES),
+    st.one_of(st.sampled_from(PATTERNS), st.lists(st.sampled_from(PATTERNS), min_size=1)),
+)
+def test_target_modules_match_as_in_peft(module, names):
+    config = PeftConfig(target_modules=names)
+    wanted = bool(LoraModel._check_target_module_exists(config, module))
+    assert configs.matches(config.target_modules and names, module) == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(MODULES),
+    st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 64)),
+    st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 64)),
+)
+def test_rank_and_alpha_patterns_resolve_as_in_peft(module, ranks, alphas):
+    config = LoraConfig(r=5, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas)
+    r = ranks.get(get_pattern_key(ranks.keys(), module), 5)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), 7)
+    assert configs.rank_and_alpha(config, module) == (r, alpha)
+
+
+def test_kaiming_has_the_bound_of_torch():
+    a, _ = draw(jax.random.key(0), True, (40, 30), "io", r=6)
+    weight = torch.nn.init.kaiming_uniform_(torch.empty(6, 40), a=math.sqrt(5))
+    np.testing.assert_allclose(np.abs(a).max(), weight.abs().max().item(), rtol=0.05)
