@@ -100,6 +100,16 @@ def jit(fn):
     return call
 
 
+@contextlib.contextmanager
+def quick_compilation():
+    """Compile plainly what runs once: float64 results differ by 1e-16 and arrive sooner."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 def identity(subject: Subject) -> None:
     found, fn, params, args = planned(subject)
     adapters = found.init(jax.random.key(0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import numpy as np
 import pytest
@@ -20,16 +18,6 @@ SUBJECTS = [
 ]
 
 
-@contextlib.contextmanager
-def quick_compilation():
-    """Compile plainly what runs once: float64 results differ by 1e-16 and arrive sooner."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_identity(subject):
     laws.identity(subject)
@@ -38,7 +26,7 @@ def test_identity(subject):
 @pytest.mark.parametrize("law", [laws.merging, laws.gradient], ids=lambda law: law.__name__)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_law(law, subject):
-    with quick_compilation():
+    with laws.quick_compilation():
         law(subject)
 
 
@@ -52,7 +40,7 @@ def test_cached_decoding_is_as_near_to_the_truth_as_the_merged_model():
     whole, cached = (
         next(s for s in third_party.ALL if s.name == n) for n in ("gpt2", "gpt2_cached")
     )
-    with quick_compilation():
+    with laws.quick_compilation():
         adapters, fn, params, (ids, cache) = laws.random_adapters(cached)
         got = laws.jit(lora(fn))(params, adapters, ids, cache)[:2]
         merged = laws.jit(fn)(laws.merge(params, adapters), ids, cache)[:2]
