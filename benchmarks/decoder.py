@@ -97,7 +97,8 @@ def by_hand(
     def forward(params: Params, adapters: Mapping[str, Adapter], ids: jax.Array) -> jax.Array:
         def project(n: int, name: str, x: jax.Array) -> jax.Array:
             adapter = adapters[f"layers.{n}.{name}"]
-            return x @ params["layers"][n][name] + (x @ adapter.a * adapter.scale) @ adapter.b
+            scale: Any = adapter.scale
+            return x @ params["layers"][n][name] + (x @ adapter.a * scale) @ adapter.b
 
         return _forward(sizes, project, params, ids)
 

@@ -47,6 +47,21 @@ class Subject:
         }
         return params, jnp.asarray(rng.normal(size=self.x), dtype)
 
+    def build(self, dtype: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[Any, ...]]:
+        params, x = self.draw(dtype)
+        return self.fn, params, (x,)
+
+    @property
+    def precision(self) -> str:
+        return "half" if self.half else "double"
+
+    @property
+    def count(self) -> int:
+        return len(self.axes)
+
+    def sites_of(self, name: str) -> int:
+        return self.sites
+
 
 @jax.custom_vjp
 def scaled_backward(w, x):

@@ -16,10 +16,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key, Num
 
-from . import layers, paths
-from .adapter import Adapter
-from .errors import AdapterError, ConfigError
-from .initializers import draw, fold_in_path
+from .. import layers, paths
+from ..adapter import Adapter
+from ..errors import AdapterError, ConfigError
+from ..initializers import draw, fold_in_path
 
 
 class LoRAParam(nnx.Variable):

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Num
 
-from . import layers, paths
-from .adapter import Adapter
-from .errors import AdapterError, raise_all
-from .initializers import draw
+from .. import layers, paths
+from ..adapter import Adapter
+from ..errors import AdapterError, raise_all
+from ..initializers import draw
 
 COLLECTION, A, B = "lora", "lora_a", "lora_b"
 

@@ -1,0 +1,239 @@
+"""The laws of the rewriter, as functions of a subject. See docs/architecture.md."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import LoraConfig, lora, lowrank, merge, paths, plan
+from lora_jax import config as configs
+from lora_jax.rewrite.frugality import compiled, sizes_of, weight_sized
+
+# How far two evaluations of one model may be apart, by what it computes in: outputs, gradients.
+# "single" are models that do not run with x64 at all, so that there is no float64 result.
+BOUNDS = {"double": (1e-13, 1e-12), "single": (1e-5, 1e-5), "half": (2e-2, 4e-2)}
+
+
+class Subject(Protocol):
+    """What the laws need of a subject.
+
+    ``axes`` is what planning must read off each target, by the name that targets it; ``count``
+    how many parameters they are, ``sites`` how many uses each has; ``options`` go into the
+    configuration. ``materialized`` ones form ``W + AB``; JAX cannot map those over adapters that
+    are not ``vmaps``.
+    """
+
+    axes: Mapping[str, str]
+    r: int
+    dense_gradient: bool
+    materialized: bool
+    vmaps: bool
+    options: Mapping[str, Any]
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def sites_of(self, name: str) -> int: ...
+
+    def build(self, dtype: Any) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+        """Return the function, its parameters in this dtype, and its other arguments."""
+        ...
+
+
+def planned(subject: Subject, dtype=np.float32):
+    fn, params, args = subject.build(dtype)
+    config = LoraConfig(
+        r=subject.r, lora_alpha=4, target_modules=list(subject.axes), **subject.options
+    )
+    return plan(fn, params, config, *args), fn, params, args
+
+
+def random_adapters(subject: Subject, dtype=np.float32):
+    """A and B both away from zero, so that a wrong path cannot hide."""
+    found, fn, params, args = planned(subject, dtype)
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, dtype), found.abstract()
+    )
+    return adapters, fn, params, args
+
+
+def relative(got, wanted) -> float:
+    got, wanted = (
+        np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(t)])
+        for t in (got, wanted)
+    )
+    assert np.linalg.norm(wanted) > 0, "vacuous: the wanted value is zero"
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def loss(fn, *args):
+    return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(fn(*args)))
+
+
+@contextlib.contextmanager
+def wide(subject: Subject) -> Iterator[Any]:
+    """Give the widest dtype that the subject runs in, and x64 for it."""
+    double = subject.precision != "single"
+    with jax.enable_x64(double):
+        yield np.float64 if double else np.float32
+
+
+def jit(fn):
+    """``jax.jit`` for arguments with leaves that are no arrays, as Equinox models have."""
+
+    @partial(jax.jit, static_argnums=0)
+    def on_arrays(static, arrays):
+        tree, rest = static
+        leaves = [a if r is None else r for a, r in zip(arrays, rest, strict=True)]
+        return fn(*jax.tree.unflatten(tree, leaves))
+
+    def call(*args):
+        leaves, tree = jax.tree.flatten(args)
+        rest = tuple(None if hasattr(leaf, "dtype") else leaf for leaf in leaves)
+        arrays = [leaf if r is None else None for leaf, r in zip(leaves, rest, strict=True)]
+        return on_arrays((tree, rest), arrays)
+
+    return call
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """Compile plainly what runs once: float64 results differ by 1e-16 and arrive sooner."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def identity(subject: Subject) -> None:
+    found, fn, params, args = planned(subject)
+    adapters = found.init(jax.random.key(0))
+    with jax.disable_jit():
+        base, adapted = fn(params, *args), lora(fn)(params, adapters, *args)
+    for one, two in zip(jax.tree.leaves(base), jax.tree.leaves(adapted), strict=True):
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+    assert relative(jit(lora(fn))(params, adapters, *args), jit(fn)(params, *args)) <= 1e-6
+
+
+def merging(subject: Subject) -> None:
+    with wide(subject) as dtype:
+        adapters, fn, params, args = random_adapters(subject, dtype)
+        plain, got = jit(fn), jit(lora(fn))(params, adapters, *args)
+        wanted = plain(merge(params, adapters), *args)
+        assert relative(wanted, plain(params, *args)) > 1e-2, "vacuous: the delta is too small"
+        assert relative(got, wanted) <= BOUNDS[subject.precision][0]
+
+
+def gradient(subject: Subject) -> None:
+    with wide(subject) as dtype:
+        adapters, fn, params, args = random_adapters(subject, dtype)
+        got = jit(
+            lambda params, adapters, *args: jax.grad(
+                lambda a: loss(lambda: lora(fn)(params, a, *args))
+            )(adapters)
+        )(params, adapters, *args)
+        merged = merge(params, adapters)
+        targets = {path: paths.flatten(merged)[path] for path in map(paths.parameter_of, adapters)}
+        whole = jit(
+            lambda merged, targets, *args: jax.grad(
+                lambda leaves: loss(lambda: fn(paths.replace(merged, leaves), *args))
+            )(targets)
+        )(merged, targets, *args)
+        bound = BOUNDS[subject.precision][1]
+        for path, adapter in adapters.items():
+            weight = paths.parameter_of(path)
+            _, pull = jax.vjp(partial(lowrank.merged, targets[weight]), adapter)
+            (wanted,) = pull(whole[weight])
+            assert relative(got[path].a, wanted.a) <= bound
+            assert relative(got[path].b, wanted.b) <= bound
+
+
+def frugality(subject: Subject) -> None:
+    """The step computes nothing weight-sized beyond what the base's input gradient does."""
+    adapters, fn, params, args = random_adapters(subject)
+    step = jax.grad(lambda a, p, *args: loss(lambda a: lora(fn)(p, a, *args), a))
+    base = jax.grad(lambda x, p: loss(lambda x: fn(p, *x), x))
+    sizes = weight_sizes(params, adapters)
+    added = Counter(computed(sizes, step, adapters, params, *args))
+    added -= Counter(computed(sizes, base, args, params))
+    assert bool(added) == (subject.dense_gradient or subject.materialized), added
+
+
+def purity(subject: Subject) -> None:
+    adapters, fn, params, args = random_adapters(subject)
+    before = {path: np.array(leaf) for path, leaf in _arrays(params).items()}
+    lora(fn)(params, adapters, *args)
+    merge(params, adapters)
+    jax.tree.map(np.testing.assert_array_equal, _arrays(params), before)
+
+
+def transforms(subject: Subject) -> None:
+    with wide(subject) as dtype:
+        adapters, fn, params, args = random_adapters(subject, dtype)
+        plain = lora(fn)(params, adapters, *args)
+        bound, _ = BOUNDS[subject.precision]
+        assert relative(jax.jit(lora(fn))(params, adapters, *args), plain) <= bound
+        assert relative(jax.checkpoint(lora(fn))(params, adapters, *args), plain) <= bound
+        two = jax.tree.map(lambda leaf: jnp.stack([leaf, -2 * leaf]), adapters)
+        mapped = (None, 0, *(None for _ in args))
+        over_adapters = jax.vmap(lora(fn), in_axes=mapped)
+        if not subject.vmaps:
+            with pytest.raises(NotImplementedError):  # JAX's own: the base has none either
+                over_adapters(params, two, *args)
+            return
+        many = over_adapters(params, two, *args)
+        assert relative(jax.tree.map(lambda leaf: leaf[0], many), plain) <= bound
+
+
+def planning(subject: Subject) -> None:
+    found, *_ = planned(subject)
+    named = {leaf.path: _name(subject, leaf.path) for leaf in found.adapted}
+    assert set(named.values()) == set(subject.axes)
+    assert len(named) == subject.count
+    for leaf in found.adapted:
+        name = named[leaf.path]
+        assert (leaf.axes, leaf.sites) == (subject.axes[name], subject.sites_of(name)), leaf
+        assert leaf.dense_gradient == subject.dense_gradient
+        assert bool(leaf.materialized) == subject.materialized
+
+
+ALL = [identity, merging, gradient, frugality, purity, transforms, planning]
+
+
+def _arrays(params) -> dict[str, Any]:
+    return {path: x for path, x in paths.flatten(params).items() if hasattr(x, "dtype")}
+
+
+def _name(subject: Subject, path: str) -> str:
+    """Return the name that targets this path."""
+    spelled = (path.replace("/", "."), paths.module_of(path))
+    return next(n for n in subject.axes if any(configs.matches([n], s) for s in spelled))
+
+
+def weight_sizes(params, adapters) -> list[tuple[int, ...]]:
+    """Return the sizes of every adapted weight, and of one step of a stack of them."""
+    leaves = paths.flatten(params)
+    return [
+        sizes
+        for name, adapter in adapters.items()
+        for sizes in sizes_of(tuple(leaves[paths.parameter_of(name)].shape), adapter.axes)
+    ]
+
+
+def computed(sizes, step, *args) -> list[str]:
+    """Return every compiled instruction that computes something of these sizes."""
+    return weight_sized(compiled(step, *args), sizes)
