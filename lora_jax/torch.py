@@ -117,8 +117,7 @@ class _Environment(Environment):
         with (
             warnings.catch_warnings(),
             jax.numpy_dtype_promotion("standard"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            torch.inference_mode(False),  # which also lifts torch.no_grad
             torch.device("jax:0"),
             self.override_property(prng=jax.random.key(0)),
             self,
