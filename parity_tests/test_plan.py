@@ -9,7 +9,6 @@ import pytest
 from flax import linen, nnx
 
 from lora_jax import Adapter, Full, LoraConfig, lora, merge, plan
-from lora_jax import config as configs
 from lora_jax.adapter import count
 from lora_jax.errors import AdapterError, ConfigError, PlanError
 from parity_tests import subjects
