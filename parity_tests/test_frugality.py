@@ -132,16 +132,18 @@ def test_every_step_of_a_scan_is_counted(name):
 
 
 def test_scans_in_scans_and_in_branches_are_counted():
+    def scans(length):
+        return lambda x: lax.scan(lambda h, _: (h @ h, None), x, None, length=length)[0]
+
     def fn(x):
-        def inner(h, _):
-            return h @ h, None
+        x = jax.jit(scans(4))(x)
+        x = lax.scan(lambda h, _: (scans(3)(h), None), x, None, length=5)[0]
+        return lax.cond(x[0, 0] > 0, scans(7), lambda x: x @ x @ x, x)
 
-        def outer(h, _):
-            return lax.scan(inner, h, None, length=3)[0], None
-
-        return lax.scan(outer, jax.jit(lambda x: lax.scan(inner, x, None, length=4)[0])(x), None, 5)
-
-    assert round(count(lambda x: fn(x)[0], shape(32, 32)) / (2 * 32**3)) == 4 + 5 * 3
+    notes = set()
+    flops = count(fn, shape(32, 32), notes=notes)
+    assert round(flops / (2 * 32**3)) == 4 + 5 * 3 + 7
+    assert notes == {"of a cond the dearest branch is counted"}
 
 
 def test_a_while_loop_is_named():

@@ -102,7 +102,8 @@ def frugality(
     returns a loss. Programs are compiled and read; none is run.
 
     Steps of a scan are all counted, where XLA's own figure has one. A ``while`` loop, whose
-    number of steps is unknown, counts as one step, and a note says so.
+    number of steps is unknown, counts as one step, and of a ``cond`` the dearest branch counts;
+    notes say so.
 
     Args:
         fn: any JAX function whose first argument is a pytree of parameters.
@@ -249,19 +250,28 @@ def sizes_of(shape: Shape, axes: str) -> list[Shape]:
 
 
 def _uncounted(jaxpr: core.Jaxpr, notes: set[str]) -> int:
-    """Return the FLOPs of the steps that XLA does not count: it counts a loop's body once."""
+    """Return the FLOPs that XLA does not count: it counts a loop's body once."""
     flops = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "while":
-            notes.add("a while loop is counted as one step")
-        for body in core.jaxprs_in_params(eqn.params):
-            inner = _uncounted(body, notes)
-            flops += inner
-            if eqn.primitive.name == "scan":
-                length, unroll = eqn.params["length"], int(eqn.params["unroll"])
-                counted = unroll + length % unroll if length >= unroll else length
-                flops += (length - counted) * _once(body) + (length - 1) * inner
+        bodies = list(core.jaxprs_in_params(eqn.params))
+        inner = [_uncounted(body, notes) for body in bodies]
+        if eqn.primitive.name == "scan":
+            length, unroll = eqn.params["length"], int(eqn.params["unroll"])
+            counted = unroll + length % unroll if length >= unroll else length
+            flops += (length - counted) * _once(bodies[0]) + length * inner[0]
+        elif eqn.primitive.name == "cond" and any(inner):
+            once = [*map(_once, bodies)]
+            flops += max(map(sum, zip(once, inner, strict=True))) - max(once)
+        else:
+            flops += sum(inner)
+        notes |= _NOTES.get(eqn.primitive.name, set())
     return flops
+
+
+_NOTES = {
+    "cond": {"of a cond the dearest branch is counted"},
+    "while": {"a while loop is counted as one step"},
+}
 
 
 def _once(body: core.Jaxpr) -> int:
@@ -283,7 +293,7 @@ def _flops(traced: Any) -> int:
 
 def _total(outs: Iterable[Any]) -> Any:
     """Return the sum of what can be differentiated of a function's outputs."""
-    sums = [jnp.sum(out) for out in outs if jnp.issubdtype(out.dtype, jnp.inexact)]
+    sums = [jnp.sum(out) for out in outs if jnp.issubdtype(out.dtype, jnp.floating)]
     if not sums:
         raise PlanError("the function returns nothing of a floating dtype to differentiate")
     wide = functools.reduce(lowrank.wider, (one.dtype for one in sums))
@@ -299,7 +309,7 @@ def _fed(traced: Traced, trained: Mapping[int, Any]) -> dict[int, Any]:
     return {
         n: operand
         for n, operand in enumerate(traced.operands)
-        if jnp.issubdtype(operand.dtype, jnp.inexact)
+        if jnp.issubdtype(operand.dtype, jnp.floating)
         and (n >= len(traced.paths) or (n not in trained and operand.ndim < 2))
     }
 
