@@ -1,7 +1,8 @@
 """``adapter_model.safetensors``: between PEFT's tensors and adapters, pure functions.
 
-PEFT keeps a linear layer's A as ``[r, in]`` and its B as ``[out, r]``; axes that the model
-splits, such as heads, are flattened, and layers stacked for a scan are written one by one.
+PEFT keeps a linear layer's A as ``[r, in]`` and its B as ``[out, r]``, and an embedding's alike
+under names of their own; axes that the model splits, such as heads, are flattened, and layers
+stacked for a scan are written one by one.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def encode(plan: Plan, adapters: Adapters, names: Names = paths.module_of) -> di
     Raises:
         AdapterError: adapters and plan differ, names collide, or a value is not finite.
     """
+    _refuse_what_has_no_place(plan)
     leaves = {leaf.path: leaf for leaf in plan.leaves}
     wanted = {leaf.path for leaf in plan.adapted} | set(plan.full)
     problems = [f"{path}: planned, but there is no adapter" for path in wanted - adapters.keys()]
@@ -85,6 +87,7 @@ def decode(
     Raises:
         AdapterError: lists every missing, unexpected, misshapen and non-finite tensor.
     """
+    _refuse_what_has_no_place(plan)
     expected = {slot.key: slot for slot in slots(plan, names)}
     tensors = {key: t for key, t in tensors.items() if not _said_twice(key, tensors, expected)}
     problems = [
@@ -110,8 +113,8 @@ def decode(
     adapters: dict[str, Adapter | Full] = {}
     for leaf in plan.leaves:
         if leaf.adapted:
-            a, b, dropout = read(leaf, "a"), read(leaf, "b"), plan.config.lora_dropout
-            adapters[leaf.path] = Adapter(a, b, leaf.scale, leaf.axes, dropout)
+            a, b = read(leaf, "a"), read(leaf, "b")
+            adapters[leaf.path] = leaf.adapter(a, b, plan.config.lora_dropout)
         elif leaf.path in plan.full:
             adapters[leaf.path] = Full(read(leaf, "value"))
     return adapters
@@ -143,6 +146,9 @@ def slots(plan: Plan, names: Names = paths.module_of) -> list[Slot]:
 def _slots(plan: Plan, leaf: LeafPlan, modules: set[str], names: Names) -> Iterator[Slot]:
     if not leaf.adapted and leaf.path not in plan.full:
         return
+    a_name, b_name = ("lora_A.weight", "lora_B.weight")
+    if leaf.looked_up:
+        a_name, b_name = ("lora_embedding_A", "lora_embedding_B")
     module = names(leaf.path)
     stacked = pick(leaf.shape, leaf.axes, STACKED) if leaf.axes else ()
     if module.count("{}") != len(stacked):
@@ -155,13 +161,31 @@ def _slots(plan: Plan, leaf: LeafPlan, modules: set[str], names: Names) -> Itera
         if leaf.adapted:
             fan_in = math.prod(pick(leaf.shape, leaf.axes, IN))
             fan_out = math.prod(pick(leaf.shape, leaf.axes, OUT))
-            yield Slot(f"{name}.lora_A.weight", leaf.path, "a", index, (leaf.r, fan_in))
-            yield Slot(f"{name}.lora_B.weight", leaf.path, "b", index, (fan_out, leaf.r))
+            yield Slot(f"{name}.{a_name}", leaf.path, "a", index, (leaf.r, fan_in))
+            yield Slot(f"{name}.{b_name}", leaf.path, "b", index, (fan_out, leaf.r))
         else:
             bias = paths.leaf_name(leaf.path) in paths.BIAS_NAMES
             wrapped = ".base_layer" if bias and paths.module_of(leaf.path) in modules else ""
             key = f"{name}{wrapped}.{'bias' if bias else 'weight'}"
             yield Slot(key, leaf.path, "value", index, _full_shape(leaf))
+
+
+def _refuse_what_has_no_place(plan: Plan) -> None:
+    """Raise for adapters that PEFT's file, or this version of ours, has no tensors for."""
+    kinds = {
+        "a range of columns, which PEFT does not know": lambda leaf: leaf.columns is not None,
+        "a convolution, which is not written yet": lambda leaf: bool(leaf.window),
+    }
+    raise_all(
+        AdapterError,
+        "these adapters cannot be saved in PEFT's format; merge them, or leave them out",
+        (
+            f"{leaf.name}: {kind}"
+            for leaf in plan.adapted
+            for kind, is_one in kinds.items()
+            if is_one(leaf)
+        ),
+    )
 
 
 def _full_shape(leaf: LeafPlan) -> tuple[int, ...]:

@@ -76,15 +76,19 @@ def while_(call: Call, *operands: Any) -> list[Any]:
     for_body, init = rest[:body_consts], rest[body_consts:]
     carry = _Carry(call.params["body_jaxpr"].jaxpr, body_consts, init)
 
-    def condition(carried: list[Any]) -> Any:
-        whole = carry.whole(carried)
+    def condition(state: tuple[Any, list[Any]]) -> Any:
+        whole = carry.whole(state[1])
         return call.interpret(call.params["cond_jaxpr"], *for_cond, *whole)[0]
 
-    def body(carried: list[Any]) -> list[Any]:
-        whole = carry.whole(carried)
-        return carry.moving(call.interpret(call.params["body_jaxpr"], *for_body, *whole))
+    def body(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        key, carried = state
+        key, own = (None, None) if key is None else jax.random.split(key)
+        inner, whole = call.params["body_jaxpr"], carry.whole(carried)
+        return key, carry.moving(call.interpret(inner, *for_body, *whole, dropout_key=own))
 
-    return carry.whole(lax.while_loop(condition, body, carry.moving(init)))
+    # The key of the next turn is carried along; None, and so nothing, without dropout.
+    start = (call.record.dropout_key, carry.moving(init))
+    return carry.whole(lax.while_loop(condition, body, start)[1])
 
 
 @rule("cond")
