@@ -23,7 +23,10 @@ def test_identity(subject):
     laws.identity(subject)
 
 
-@pytest.mark.parametrize("law", [laws.merging, laws.gradient], ids=lambda law: law.__name__)
+LAWS = [laws.merging, laws.gradient]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_law(law, subject):
     with laws.quick_compilation():
