@@ -13,7 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .config import ALL_LINEAR, LoraConfig
 from .errors import LoraError
+from .models import plan_model
 from .rewrite.table import totals
 from .train.data import read_texts
 from .train.extras import require
@@ -76,6 +78,30 @@ class MergeOptions:
     cache: Path | None = None
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """Show what LoRA does to a model: every parameter, adapted or why not, and the totals.
+
+    Args:
+        model: a directory, `minilm`, or a hub id.
+        target_modules: names that match exactly or as a suffix; `all-linear` for every linear
+            layer but the output head.
+        exclude_modules: names taken out of the targets.
+        r: rank of A and B.
+        lora_alpha: numerator of the scale alpha / r.
+        materialize: form W + AB where a use has no rule, instead of an error.
+        cache: where downloads are kept; if not given, LORA_JAX_CACHE or the user's cache.
+    """
+
+    model: str
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    exclude_modules: tuple[str, ...] = ()
+    r: int = 8
+    lora_alpha: int | float = 16
+    materialize: bool = False
+    cache: Path | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
@@ -109,7 +135,12 @@ def _parse(argv: list[str]) -> Any:
     import tyro
 
     return tyro.extras.subcommand_cli_from_dict(
-        {"finetune": FinetuneOptions, "predict": PredictOptions, "merge": MergeOptions},
+        {
+            "finetune": FinetuneOptions,
+            "predict": PredictOptions,
+            "merge": MergeOptions,
+            "plan": PlanOptions,
+        },
         prog="lora-jax",
         description=DESCRIPTION,
         args=argv,
@@ -181,10 +212,25 @@ def _merge(options: MergeOptions) -> int:
     return 0
 
 
+def _plan(options: PlanOptions) -> int:
+    names = options.target_modules
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        target_modules=ALL_LINEAR if names == (ALL_LINEAR,) else names,
+        exclude_modules=options.exclude_modules or None,
+        on_unsupported="materialize" if options.materialize else "error",
+    )
+    print(plan_model(options.model, config, cache=options.cache, note=_note))
+    sys.stdout.flush()
+    return 0
+
+
 _COMMANDS: dict[type, Callable[[Any], int]] = {
     FinetuneOptions: _finetune,
     PredictOptions: _predict,
     MergeOptions: _merge,
+    PlanOptions: _plan,
 }
 
 

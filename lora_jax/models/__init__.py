@@ -7,3 +7,4 @@ from .huggingface import from_pretrained as from_pretrained
 from .huggingface import load_params as load_params
 from .huggingface import save_model as save_model
 from .huggingface import to_state_dict as to_state_dict
+from .planning import plan_model as plan_model

@@ -1,0 +1,86 @@
+"""What LoRA would do to a model directory, whichever library wrote the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..assets import resolve_model
+from ..config import LoraConfig
+from ..errors import AssetError
+from ..rewrite import Plan, plan
+from .bert import read_json
+from .huggingface import from_pretrained
+
+TOKENS = 8
+
+INSTALL = 'pip install "lora_jax[torch]" "transformers==4.57.6"'
+
+
+def plan_model(
+    name: str | Path,
+    config: LoraConfig,
+    *,
+    cache: Path | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Plan:
+    """Return the plan for the model of this name.
+
+    A BERT without a head is planned as ``lora_jax.models`` has it; any other model of
+    ``transformers`` is read through PyTorch, under its state-dict names.
+
+    Args:
+        name: a directory, an alias or a hub id, see ``lora_jax.assets.resolve_model``.
+        config: what to adapt.
+        cache: where downloads are kept.
+        note: called with a line at every step of a download.
+
+    Raises:
+        AssetError: the model cannot be had, or it takes libraries that are not installed.
+        PlanError: a pattern matches nothing, or a target's use has no rule.
+    """
+    directory = resolve_model(name, cache=cache, progress=note)
+    if read_json(directory / "config.json").get("model_type") == "bert":
+        model, params = from_pretrained(directory)
+        ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+        return plan(lambda p, *args: model.apply({"params": p}, *args), params, config, ids, ids)
+    fn, params, inputs = _through_torch(directory)
+    return plan(fn, params, config, **inputs)
+
+
+def _through_torch(directory: Path) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+    try:
+        import transformers
+
+        from ..torch import from_torch
+    except ImportError as error:
+        raise AssetError(
+            f"{directory} holds no BERT; planning it takes PyTorch: {INSTALL} ({error})"
+        ) from error
+    names = read_json(directory / "config.json").get("architectures") or ["AutoModel"]
+    kind = getattr(transformers, names[0], transformers.AutoModel)
+    # A fused attention asks for the values of masks.
+    model = kind.from_pretrained(directory, attn_implementation="eager")
+    model.config.use_cache = False
+    fn, params = from_torch(model)
+    return fn, params, {model.main_input_name: _example(model)}
+
+
+def _example(model: Any) -> np.ndarray:
+    """Return an input of the kind that the model takes, of the smallest sensible size."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        side = config.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return np.zeros((1, config.num_channels, height, width), np.float32)
+    if model.main_input_name == "input_ids":
+        return np.ones((1, TOKENS), np.int32)
+    raise AssetError(
+        f"{type(model).__name__} takes {model.main_input_name}; plan it in Python, with an input "
+        "of your own: lora_jax.plan(fn, params, config, inputs)"
+    )
