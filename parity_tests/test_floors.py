@@ -95,6 +95,11 @@ def test_a_planted_breach_is_seen():
     assert breaches({"rewrite.plan": "from .. import linen"}) == ["rewrite.plan -> linen"]
 
 
+def test_front_ends_are_thin():
+    lines = {name: text.count("\n") for name, text in sources().items()}
+    assert max(lines[name] for name in ("linen.wrap", "nnx.wrap", "nnx.pure")) < 150
+
+
 def test_only_the_command_line_prints():
     prints = [
         name

@@ -127,6 +127,7 @@ def test_outputs_and_gradients_are_those_of_the_function():
 def test_adapters_go_out_to_a_file_and_in_again(tmp_path):
     model, other = wrapped(bias="all"), wrapped(bias="all")
     away_from_zero(model)
+    assert not set(bits(nnx.state(other, LoRAParam))) & set(bits(nnx.state(model, LoRAParam)))
     save_pretrained(tmp_path / "a", model.plan, lora_nnx.adapters(model))
     lora_nnx.put(other, load_pretrained(tmp_path / "a", other.plan))
     assert bits(nnx.state(other, LoRAParam)) == bits(nnx.state(model, LoRAParam))
@@ -244,6 +245,23 @@ def test_linen_wrap_is_apply():
     step = jax.jit(lora(fn), static_argnames="mutable")
     y, state = step(params, found.init(jax.random.key(1)), X, mutable="intermediates")
     assert y.shape == (4, 5) and bits(state["intermediates"]["x"]) == bits([X])
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+def test_linen_wrap_passes_on_state_and_keys():
+    variables = jax.jit(Noisy().init, static_argnames="train")(jax.random.key(0), X, train=False)
+    params, stats = variables["params"], jax.tree.map(lambda leaf: leaf + 2, variables)
+    state, fn = {"batch_stats": stats["batch_stats"]}, linen.wrap(Noisy())
+    rngs = {"dropout": jax.random.key(1)}
+    for options in (dict(train=False), dict(train=True, rngs=rngs, mutable=["batch_stats"])):
+        wanted = Noisy().apply({"params": params, **state}, X, **options)
+        assert bits(fn(params, X, variables=state, **options)) == bits(wanted)
 
 
 def test_linen_wrap_refuses_a_second_set_of_parameters():

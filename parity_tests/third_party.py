@@ -15,7 +15,8 @@ import transformers
 
 from parity_tests.model_subjects import Built, Model, drawn, normal, tokens
 
-D, HEADS, FFN, VOCABULARY = 12, 3, 20, 23
+# The same for all, so that what one model compiles op by op serves the next.
+N, T, D, HEADS, FFN, VOCABULARY = 2, 5, 12, 3, 20, 23
 
 
 def flax_model(cls: str, config: Any, dtype: Any, **options: Any) -> tuple[Any, Any]:
@@ -26,34 +27,34 @@ def flax_model(cls: str, config: Any, dtype: Any, **options: Any) -> tuple[Any, 
 
 def gpt2(dtype: Any) -> Built:
     model, params = gpt2_model(dtype)
-    ids = tokens(2, 5, vocabulary=VOCABULARY)
+    ids = tokens(N, T, vocabulary=VOCABULARY)
     return lambda p, ids: model(ids, params=p).logits, params, (ids,)
 
 
 def gpt2_cached(dtype: Any) -> Built:
-    """Three tokens into an empty cache, then a step with the cache that this returned."""
+    """Tokens into an empty cache, then one more with the cache that this returned."""
     model, params = gpt2_model(dtype)
-    shapes = jax.eval_shape(lambda: model.init_cache(2, 6))
+    shapes = jax.eval_shape(lambda: model.init_cache(N, T + 1))
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def fn(params: Any, ids: Any, cache: Any) -> Any:
-        options = dict(params=params, attention_mask=jnp.ones((2, 6), jnp.int32))
-        positions = jnp.broadcast_to(jnp.arange(4), (2, 4))
-        first = model(ids[:, :3], position_ids=positions[:, :3], past_key_values=cache, **options)
-        step = model(
-            ids[:, 3:],
-            position_ids=positions[:, 3:],
-            past_key_values=first.past_key_values,
-            **options,
-        )
-        return first.logits, step.logits, step.past_key_values
+        positions = jnp.broadcast_to(jnp.arange(T + 1), (N, T + 1))
+        options = dict(params=params, attention_mask=jnp.ones((N, T + 1), jnp.int32))
 
-    return fn, params, (tokens(2, 4, vocabulary=VOCABULARY), cache)
+        def call(part: Any, cache: Any) -> Any:
+            where = dict(position_ids=positions[:, part], past_key_values=cache)
+            return model(ids[:, part], **where, **options)
+
+        first = call(slice(0, T), cache)
+        step = call(slice(T, T + 1), first.past_key_values)
+        return jnp.concatenate([first.logits, step.logits], 1), step.past_key_values
+
+    return fn, params, (tokens(N, T + 1, vocabulary=VOCABULARY), cache)
 
 
 def gpt2_model(dtype: Any) -> tuple[Any, Any]:
     config = transformers.GPT2Config(
-        n_embd=D, n_head=HEADS, n_layer=1, n_positions=8, vocab_size=VOCABULARY
+        n_embd=D, n_inner=FFN, n_head=HEADS, n_layer=1, n_positions=8, vocab_size=VOCABULARY
     )
     return flax_model("FlaxGPT2LMHeadModel", config, dtype)
 
@@ -69,14 +70,14 @@ def bert(dtype: Any) -> Built:
     )
     model, params = flax_model("FlaxBertForSequenceClassification", config, dtype)
     mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    ids = tokens(2, 5, vocabulary=VOCABULARY)
+    ids = tokens(N, T, vocabulary=VOCABULARY)
     return lambda p, ids, mask: model(ids, mask, params=p).logits, params, (ids, mask)
 
 
 def t5(dtype: Any) -> Built:
     config = transformers.T5Config(
         d_model=D,
-        d_kv=6,
+        d_kv=D // HEADS,
         num_heads=HEADS,
         d_ff=FFN,
         num_layers=1,
@@ -85,7 +86,7 @@ def t5(dtype: Any) -> Built:
     )
     with clip_as_it_was():
         model, params = flax_model("FlaxT5ForConditionalGeneration", config, dtype)
-    fn, params, args = encoder_decoder(model, params, tokens(2, 5, vocabulary=VOCABULARY))
+    fn, params, args = encoder_decoder(model, params, tokens(N, T, vocabulary=VOCABULARY))
     return clip_as_it_was()(fn), params, args
 
 
@@ -99,20 +100,20 @@ def clip_as_it_was() -> Iterator[None]:
 
 def bart(dtype: Any) -> Built:
     model, params = flax_model("FlaxBartForConditionalGeneration", bart_like("Bart"), dtype)
-    return encoder_decoder(model, params, tokens(2, 5, vocabulary=VOCABULARY))
+    return encoder_decoder(model, params, tokens(N, T, vocabulary=VOCABULARY))
 
 
 def marian(dtype: Any) -> Built:
     config = bart_like("Marian", pad_token_id=1, decoder_start_token_id=1)
     model, params = flax_model("FlaxMarianMTModel", config, dtype)
-    return encoder_decoder(model, params, tokens(2, 5, vocabulary=VOCABULARY))
+    return encoder_decoder(model, params, tokens(N, T, vocabulary=VOCABULARY))
 
 
 def whisper(dtype: Any) -> Built:
     config = bart_like(
         "Whisper",
         num_mel_bins=5,
-        max_source_positions=4,
+        max_source_positions=T,
         max_target_positions=8,
         pad_token_id=0,
         decoder_start_token_id=2,
@@ -120,7 +121,7 @@ def whisper(dtype: Any) -> Built:
         eos_token_id=2,
     )
     model, params = flax_model("FlaxWhisperForConditionalGeneration", config, dtype)
-    return encoder_decoder(model, params, normal(2, 5, 8, dtype=dtype))
+    return encoder_decoder(model, params, normal(N, 5, 2 * T, dtype=dtype))
 
 
 def bart_like(name: str, **options: Any) -> Any:
@@ -139,7 +140,7 @@ def bart_like(name: str, **options: Any) -> Any:
 
 
 def encoder_decoder(model: Any, params: Any, inputs: Any) -> Built:
-    targets = tokens(2, 3, vocabulary=VOCABULARY, seed=8)
+    targets = tokens(N, T, vocabulary=VOCABULARY, seed=8)
 
     def fn(params: Any, inputs: Any, targets: Any) -> Any:
         return model(inputs, decoder_input_ids=targets, params=params).logits
@@ -157,7 +158,7 @@ def vit(dtype: Any) -> Built:
         patch_size=4,
     )
     model, params = flax_model("FlaxViTForImageClassification", config, dtype)
-    images = normal(2, 3, 8, 8, dtype=dtype)
+    images = normal(N, 3, 8, 8, dtype=dtype)
     return lambda p, images: model(images, params=p).logits, params, (images,)
 
 
@@ -169,12 +170,12 @@ def clip(dtype: Any) -> Built:
         text_config=sizes
         | dict(vocab_size=VOCABULARY, max_position_embeddings=8, eos_token_id=VOCABULARY - 1),
         vision_config=sizes | dict(image_size=8, patch_size=4),
-        projection_dim=10,
+        projection_dim=D,
     )
     model, params = flax_model("FlaxCLIPModel", config, dtype)
     # The text's features are those of its end, which sees the tokens before.
-    ids = tokens(3, 5, vocabulary=VOCABULARY).at[:, -1].set(VOCABULARY - 1)
-    images = normal(2, 3, 8, 8, dtype=dtype)
+    ids = tokens(N, T, vocabulary=VOCABULARY).at[:, -1].set(VOCABULARY - 1)
+    images = normal(N, 3, 8, 8, dtype=dtype)
 
     def fn(params: Any, ids: Any, images: Any) -> Any:
         return model(ids, images, params=params).logits_per_text
@@ -196,7 +197,7 @@ def causal(name: str, dtype: Any, **options: Any) -> Built:
     )
     config = getattr(transformers, f"{name}Config")(**sizes | options)
     model, params = flax_model(f"Flax{name}ForCausalLM", config, dtype)
-    ids = tokens(2, 5, vocabulary=VOCABULARY)
+    ids = tokens(N, T, vocabulary=VOCABULARY)
     return lambda p, ids: model(ids, params=p).logits, params, (ids,)
 
 
@@ -224,20 +225,20 @@ def gpt_neo(dtype: Any) -> Built:
         max_position_embeddings=8,
     )
     model, params = flax_model("FlaxGPTNeoForCausalLM", config, dtype)
-    ids = tokens(2, 5, vocabulary=VOCABULARY)
+    ids = tokens(N, T, vocabulary=VOCABULARY)
     return lambda p, ids: model(ids, params=p).logits, params, (ids,)
 
 
 def haiku_mlp(dtype: Any) -> Built:
-    return haiku(lambda x: hk.nets.MLP([FFN, 7, 5], name="mlp")(x), normal(3, D, dtype=dtype))
+    return haiku(lambda x: hk.nets.MLP([FFN, 7, 5], name="mlp")(x), normal(N, D, dtype=dtype))
 
 
 def haiku_lstm(dtype: Any) -> Built:
     def unrolled(x: Any) -> Any:
         cell = hk.LSTM(7)
-        return hk.dynamic_unroll(cell, x, cell.initial_state(2))[0]
+        return hk.dynamic_unroll(cell, x, cell.initial_state(N))[0]
 
-    return haiku(unrolled, normal(4, 2, D, dtype=dtype))
+    return haiku(unrolled, normal(T, N, D, dtype=dtype))
 
 
 def haiku_mobilenet(dtype: Any) -> Built:
@@ -246,7 +247,7 @@ def haiku_mobilenet(dtype: Any) -> Built:
     def net(x: Any) -> Any:
         return hk.nets.MobileNetV1((1, 2), (D, FFN), num_classes=5)(x, is_training=True)
 
-    return haiku(net, normal(2, 8, 8, 3, dtype=dtype))
+    return haiku(net, normal(N, 8, 8, 3, dtype=dtype))
 
 
 def haiku(net: Any, x: Any) -> Built:
@@ -268,7 +269,7 @@ def equinox_gru(dtype: Any) -> Built:
 
         return jax.lax.scan(step, jnp.zeros(7, x.dtype), x)[1]
 
-    return fn, model, (normal(4, D, dtype=dtype),)
+    return fn, model, (normal(T, D, dtype=dtype),)
 
 
 def rows_of(*names: str, axes: str = "io") -> dict[str, str]:

@@ -41,7 +41,8 @@ class LoRAModel(nnx.Module):
         """Return ``base(*args, **kwargs)`` with ``W + s·A·B`` for every adapted W.
 
         What the call updates in ``base`` and in NNX objects among its arguments is updated
-        there. ``deterministic`` among the keywords switches ``lora_dropout``, too.
+        there, but for ``nnx.Param`` of ``base``: those are frozen, and a value that the call
+        assigns to one is lost. ``deterministic`` among the keywords switches ``lora_dropout``.
         """
         nodes, fn, params, others = pure(self.base, args, kwargs)
         off = kwargs.get("deterministic")
@@ -85,7 +86,7 @@ def wrap(
         *args: example arguments of the model's call, arrays or ``jax.ShapeDtypeStruct``.
         rngs: draws A and, with ``lora_dropout``, gives the stream ``dropout``.
         lora_dtype: of A and B.
-        **kwargs: example keyword arguments.
+        **kwargs: example keyword arguments; give a call's own ``rngs`` by position.
 
     Raises:
         PlanError: as ``plan``.
