@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact, Key
 
 from .adapter import IN, OUT, STACKED, Adapter, is_number, pick
+from .inlining import inlined
 
 Axes = Sequence[int]
 
@@ -56,15 +57,15 @@ def dot(
     return _dot(
         x,
         adapter,
-        contract=tuple(map(tuple, contract)),
-        batch=tuple(map(tuple, batch)),
+        contract=(tuple(contract[0]), tuple(contract[1])),
+        batch=(tuple(batch[0]), tuple(batch[1])),
         weight_first=weight_first,
         precision=precision,
     )
 
 
-# Inlined: layers of one shape share one tracing, and nothing of it stays in the caller's jaxpr.
-@partial(jax.jit, inline=True, static_argnames=("contract", "batch", "weight_first", "precision"))
+# Layers of one shape share one tracing.
+@partial(inlined, static=("contract", "batch", "weight_first", "precision"))
 def _dot(
     x: Array,
     adapter: Adapter,
@@ -129,7 +130,7 @@ def drop(
     return jnp.where(keep, x, 0), replace(adapter, scale=adapter.scale / (1 - adapter.dropout))
 
 
-@partial(jax.jit, inline=True)
+@inlined
 def add(y: Inexact[Array, "*out"], addend: Inexact[Array, "*out"]) -> Inexact[Array, "*out"]:
     """Return ``y + addend``, summed in the wider dtype and rounded once to y's."""
     wide = wider(y.dtype, addend.dtype)

@@ -30,7 +30,7 @@ FORBIDDEN = {
 # The floor of each core module: it imports only modules of lower numbers.
 FLOORS = [
     {"errors", "paths"},
-    {"files", "adapter", "config", "packing"},
+    {"files", "adapter", "config", "inlining", "packing"},
     {"lowrank", "initializers"},
     {"merging", "layers", "contractions", "many"},
     {"rewrite"},

@@ -136,39 +136,29 @@ def frugality(
     shapes = {path: tuple(traced.operands[n].shape) for n, path in enumerate(traced.paths)}
     trained = {n: traced.operands[n] for n, path in enumerate(traced.paths) if path in adapters}
 
-    def step(adapters: Adapters, operands: list[Any]) -> Any:
+    def adapted(adapters: Adapters, operands: list[Any]) -> Any:
         return _total(apply(Record(), traced, operands, adapters))
 
     def plain(chosen: Mapping[int, Any], operands: list[Any]) -> Any:
         values = [chosen.get(n, value) for n, value in enumerate(operands)]
         return _total(core.jaxpr_as_fun(traced.closed)(*values))
 
-    notes: set[str] = set()
-    flops = count(jax.value_and_grad(step), dict(adapters), traced.operands, notes=notes)
+    step, base, notes = jax.value_and_grad(adapted), jax.value_and_grad(plain), set[str]()
     forward = count(plain, {}, traced.operands)
     # What training these weights in full costs, less their own gradients.
-    full = count(jax.value_and_grad(plain), trained, traced.operands)
-    own = sum(
-        2 * site.rows * _in_times_out(shapes[path], site.letters)
-        for path in low_rank
-        for site in record.sites[path].values()
-        if not site.dense_gradient
-    )
+    own = _products(record, shapes, low_rank, dense=False)
+    input_gradient = count(base, trained, traced.operands) - 2 * own - forward
     sizes = _sizes(shapes, low_rank)
-    ours = weight_sized(compiled(jax.value_and_grad(step), dict(adapters), traced.operands), sizes)
-    theirs = jax.value_and_grad(plain) if (fed := _fed(traced, trained)) else plain
-    known = weight_sized(compiled(theirs, fed, traced.operands), sizes)
+    added = Counter(weight_sized(compiled(step, dict(adapters), traced.operands), sizes))
+    fed = _fed(traced, trained)
+    added -= Counter(weight_sized(compiled(base if fed else plain, fed, traced.operands), sizes))
     return Frugality(
-        flops,
+        count(step, dict(adapters), traced.operands, notes=notes),
         forward,
-        full - own - forward,
+        input_gradient,
         _low_rank(record, shapes, low_rank),
-        sum(
-            4 * site.rows * _in_times_out(shapes[path], site.letters)
-            for path, found in record.sites.items()
-            for site in found.values()
-        ),
-        tuple(sorted((Counter(ours) - Counter(known)).elements())),
+        4 * _products(record, shapes, record.sites),
+        tuple(sorted(added.elements())),
         tuple(sorted(notes | _ambiguous(record, shapes, low_rank))),
     )
 
@@ -314,6 +304,18 @@ def _fed(traced: Traced, trained: Mapping[int, Any]) -> dict[int, Any]:
     }
 
 
+def _products(
+    record: Record, shapes: Mapping[str, Shape], paths: Iterable[str], *, dense: bool = True
+) -> int:
+    """Return ``rows·in·out`` over these weights' products; ``dense`` for an author's ``dW`` too."""
+    return sum(
+        site.rows * math.prod(_in_and_out(shapes[path], site.letters))
+        for path in paths
+        for site in record.sites[path].values()
+        if dense or not site.dense_gradient
+    )
+
+
 def _low_rank(record: Record, shapes: Mapping[str, Shape], adapters: Mapping[str, Adapter]) -> int:
     """Return the FLOPs of the products with A and B: ``2·rows·r·(in + out)``, three times."""
     return sum(
@@ -340,10 +342,6 @@ def _ambiguous(
 
 def _sizes(shapes: Mapping[str, Shape], adapters: Mapping[str, Adapter]) -> set[Shape]:
     return {size for path, x in adapters.items() for size in sizes_of(shapes[path], x.axes)}
-
-
-def _in_times_out(shape: Shape, letters: str) -> int:
-    return math.prod(_in_and_out(shape, letters))
 
 
 def _in_and_out(shape: Shape, letters: str) -> tuple[int, int]:

@@ -11,10 +11,11 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core
+
+from ..inlining import inlined
 
 
 def evaluate(
@@ -70,7 +71,7 @@ class _Shared:
 
     def of(self, function: Callable[[], Callable[..., list[Any]]]) -> Callable[..., list[Any]]:
         if self.function is None and self.used:
-            self.function = jax.jit(function(), inline=True)
+            self.function = inlined(function())
         self.used = True
         return self.function or function()
 
