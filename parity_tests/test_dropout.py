@@ -17,7 +17,7 @@ from jax import lax
 
 from lora_jax import Adapter, lora
 from parity_tests import subjects
-from parity_tests.test_laws import loss, planned, random_adapters, relative
+from parity_tests.laws import loss, planned, random_adapters, relative
 
 ROWS, D, RATE = 6, 16, 0.5
 KEY = jax.random.key(3)
@@ -165,7 +165,7 @@ def test_the_mean_over_keys_is_the_result_without_dropout():
 @pytest.mark.parametrize("name", ["heads_in", "experts", "tied", "jitted", "scan_remat"])
 def test_dropout_leaves_the_base_path_alone(name):
     subject = next(s for s in subjects.ALL if s.name == name)
-    found, params, x = planned(subject)
+    found, _, params, (x,) = planned(subject)
     fresh = {p: replace(one, dropout=0.9) for p, one in found.init(KEY).items()}
     assert all(bool((one.b == 0).all()) for one in fresh.values())
     base, out = subject.fn(params, x), lora(subject.fn)(params, fresh, x, dropout_key=KEY)
@@ -177,7 +177,7 @@ def test_the_gradient_is_that_of_the_masks_of_the_forward_pass(name):
     """Reverse mode, which may compute a mask again, agrees with forward mode, which does not."""
     subject = next(s for s in subjects.ALL if s.name == name)
     with jax.enable_x64(True):
-        adapters, params, x = random_adapters(subject, np.float64)
+        adapters, _, params, (x,) = random_adapters(subject, np.float64)
         adapters = {path: replace(one, dropout=RATE) for path, one in adapters.items()}
         along = jax.tree.map(jnp.cos, adapters)
 

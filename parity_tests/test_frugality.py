@@ -49,7 +49,7 @@ def with_dense_gradient(call, x, weight):
     if weight.planning:
         return dot_general(call, x, weight)
     factors = jax.tree.map(lax.stop_gradient, (weight.a, weight.b))
-    kept = type(weight)(base_of(weight), *factors, weight.origin, weight.looped, weight.leaf)
+    kept = type(weight)(base_of(weight), *factors, weight.origin, weight.looped, weight.leaves)
     delta = lowrank.delta(adapter_at(weight, (0,), ()))
     return dot_general(call, x, kept) + call.plain(x, delta - lax.stop_gradient(delta))
 

@@ -31,8 +31,8 @@ from lora_jax import (
 )
 from lora_jax.adapter import a_shape, b_shape
 from parity_tests import subjects
+from parity_tests.laws import loss, relative
 from parity_tests.subjects import Subject
-from parity_tests.test_laws import loss, relative
 
 NAMED = {subject.name: subject for subject in subjects.ALL}
 KINDS = [NAMED[name] for name in ("dense", "heads_out", "two_targets", "scan", "experts")]

@@ -12,7 +12,7 @@ import pytest
 from lora_jax import Adapter, lora, lowrank, merge, rescale
 from lora_jax.adapter import count
 from parity_tests import subjects
-from parity_tests.test_laws import loss, random_adapters, relative
+from parity_tests.laws import loss, random_adapters, relative
 
 NAMED = {subject.name: subject for subject in subjects.ALL}
 FOLLOWED = ["dense", "unit_axes", "tied", "jitted", "scan_remat", "scan_in_scan"]
@@ -23,7 +23,7 @@ FOLLOWED += ["custom_vjp", "custom_jvp", "inner_grad", "vmapped_weight"]
 def test_an_array_scale_equals_the_number_and_gets_no_gradient(name):
     subject = NAMED[name]
     with jax.enable_x64(True):
-        adapters, params, x = random_adapters(subject, np.float64)
+        adapters, _, params, (x,) = random_adapters(subject, np.float64)
         arrays = {path: jnp.asarray(one.scale) for path, one in adapters.items()}
         by_array = rescale(adapters, arrays)
         assert len(jax.tree.leaves(by_array)) == 3 * len(adapters)

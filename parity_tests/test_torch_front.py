@@ -30,8 +30,8 @@ from lora_jax import (
 )
 from lora_jax.peft.tensors import encode
 from lora_jax.torch import from_torch
+from parity_tests.laws import relative
 from parity_tests.oracle import UNIT_ROUNDOFF, Vacuous, assert_within_rule, rel_l2
-from parity_tests.test_laws import relative
 from parity_tests.training import copied, trainable
 
 UNIT = UNIT_ROUNDOFF["float32"]

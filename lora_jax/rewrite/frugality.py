@@ -307,12 +307,15 @@ def _fed(traced: Traced, trained: Mapping[int, Any]) -> dict[int, Any]:
 def _products(
     record: Record, shapes: Mapping[str, Shape], paths: Iterable[str], *, dense: bool = True
 ) -> int:
-    """Return ``rows·in·out`` over these weights' products; ``dense`` for an author's ``dW`` too."""
+    """Return ``rows·in·out`` over these weights' products; ``dense`` for an author's ``dW`` too.
+
+    A lookup multiplies nothing.
+    """
     return sum(
         site.rows * math.prod(_in_and_out(shapes[path], site.letters))
         for path in paths
         for site in record.sites[path].values()
-        if dense or not site.dense_gradient
+        if (dense or not site.dense_gradient) and site.primitive != "gather"
     )
 
 
