@@ -32,6 +32,10 @@ BRANCHES = (
     "The PyTorch module asks for the values of arrays, which are not known while JAX traces it. "
     "A transformers model given a mask does not if made with attn_implementation='eager'."
 )
+AUTHORS_BACKWARD = (
+    "the module calls a torch.autograd.Function, whose backward JAX cannot see: gradients would "
+    "be wrong. Replace it with plain operations."
+)
 
 
 def from_torch(
@@ -52,7 +56,8 @@ def from_torch(
 
     Raises:
         AssetError: a parameter holds no values; at the call, when ``params`` are not the
-            module's, or the output holds anything but arrays and plain values.
+            module's, the output holds anything but arrays and plain values, or the module
+            calls a ``torch.autograd.Function``.
         ImportError: when this module is imported without torch or torchax.
 
     >>> layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
@@ -93,17 +98,30 @@ def from_torch(
 
 
 class _Environment(Environment):
-    """PyTorch's operations on JAX arrays."""
+    """PyTorch's operations on JAX arrays; ``no_grad`` tells whether the module has asked for it."""
+
+    no_grad = False
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run one operation; under ``torch.no_grad`` its result is a constant to JAX too."""
+        if func is torch._C._set_grad_enabled:
+            self.no_grad = not args[0]
         if func is torch.ops.aten._to_copy.default and not isinstance(args[0], torch.Tensor):
             # A number beside a tensor in torch.vmap, as in the masks of sliding windows.
             args = (self.view(np.asarray(args[0])), *args[1:])
         result = super().dispatch(func, types, args, kwargs)
         if torch.is_grad_enabled() or any(result is arg for arg in args):
             return result
-        return jax.tree.map(lambda t: t.detach() if isinstance(t, Tensor) else t, result)
+        asked = self.no_grad or torch.is_inference_mode_enabled()
+
+        def constant(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not jnp.issubdtype(value.jax().dtype, jnp.inexact):
+                return value
+            if not asked:
+                raise AssetError(AUTHORS_BACKWARD)
+            return value.detach()
+
+        return jax.tree.map(constant, result)
 
     def view(self, value: Any) -> Any:
         """Return what a module sees of an array; anything else stays what it is."""
@@ -122,6 +140,7 @@ class _Environment(Environment):
             self.override_property(prng=jax.random.key(0)),
             self,
         ):
+            self.no_grad = False
             # PyTorch's integers have 64 bits unless told otherwise, JAX's have 32.
             warnings.filterwarnings("ignore", "Explicitly requested dtype int64 ")
             yield

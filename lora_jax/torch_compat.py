@@ -16,7 +16,7 @@ from types import ModuleType
 
 INSTALL = 'pip install "lora_jax[torch]"'
 
-# Of torch.ops.aten: what PyTorch 2.12 has, PyTorch 2.13 has not, and torchax 0.0.13 looks up.
+# Of torch.ops.aten: what torchax 0.0.13 looks up and PyTorch 2.13 has not.
 NAMED_DIMENSIONS = {
     "all": ("dimname", "dimname_out"),
     "index_add": ("dimname",),

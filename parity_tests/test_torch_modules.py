@@ -136,6 +136,36 @@ def test_no_grad_inside_is_constant_and_outside_makes_no_difference(mode):
         np.testing.assert_allclose(gradients[name], parameter.grad, rtol=1e-5)
 
 
+@pytest.mark.parametrize("constant", [torch.no_grad, torch.inference_mode])
+def test_a_function_without_gradient_is_constant(constant):
+    gate = constant()(lambda linear, x: linear(x))
+    fn, params = from_torch(Function(lambda linear, x: linear(x) * gate(linear, x)))
+    gradient = jax.grad(lambda p: fn(p, X).sum())(params)["linear.bias"]
+    value = X @ params["linear.weight"].T + params["linear.bias"]
+    np.testing.assert_allclose(gradient, value.sum(0), rtol=1e-5)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 7 * gradient
+
+
+def test_an_authors_backward_is_refused():
+    fn, params = from_torch(Function(lambda linear, x: Doubled.apply(linear(x))))
+    with pytest.raises(AssetError, match="torch.autograd.Function, whose backward"):
+        fn(params, X)
+    # of integers, as in transformers' masks, there is nothing to differentiate
+    counts = np.arange(3)
+    np.testing.assert_array_equal(
+        value_of(Function(lambda _, x: Doubled.apply(x)), counts), [0, 2, 4]
+    )
+
+
 def test_tensors_made_in_forward_without_a_device():
     def forward(linear, x):
         causal = torch.full((x.shape[0], x.shape[0]), float("-inf")).triu(1)
