@@ -57,7 +57,7 @@ def from_torch(
     Raises:
         AssetError: a parameter holds no values; at the call, when ``params`` are not the
             module's, the output holds anything but arrays and plain values, or the module
-            calls a ``torch.autograd.Function`` on floating-point numbers.
+            calls a ``torch.autograd.Function``.
         ImportError: when this module is imported without torch or torchax.
 
     >>> layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
@@ -112,11 +112,16 @@ class _Environment(Environment):
         result = super().dispatch(func, types, args, kwargs)
         if torch.is_grad_enabled() or any(result is arg for arg in args):
             return result
-        asked_for = self.no_grad or torch.is_inference_mode_enabled()
-        # transformers builds its masks' indices in one; whole numbers have no gradient to lose.
-        if not asked_for and any(map(_has_gradient, jax.tree.leaves(args))):
-            raise AssetError(AUTHORS_BACKWARD)
-        return jax.tree.map(lambda t: t.detach() if isinstance(t, Tensor) else t, result)
+        asked = self.no_grad or torch.is_inference_mode_enabled()
+
+        def constant(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not jnp.issubdtype(value.jax().dtype, jnp.inexact):
+                return value
+            if not asked:
+                raise AssetError(AUTHORS_BACKWARD)
+            return value.detach()
+
+        return jax.tree.map(constant, result)
 
     def view(self, value: Any) -> Any:
         """Return what a module sees of an array; anything else stays what it is."""
@@ -158,10 +163,6 @@ def _copy(module: torch.nn.Module, env: _Environment, replaced: dict[int, Any]) 
     """Return the module with its parameters replaced, by identity, and its buffers in JAX."""
     with _Replacing(env):
         return copy.deepcopy(module, dict(replaced))
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _array(tensor: Any) -> jax.Array:

@@ -159,6 +159,11 @@ def test_an_authors_backward_is_refused():
     fn, params = from_torch(Function(lambda linear, x: Doubled.apply(linear(x))))
     with pytest.raises(AssetError, match="torch.autograd.Function, whose backward"):
         fn(params, X)
+    # of integers, as in transformers' masks, there is nothing to differentiate
+    counts = np.arange(3)
+    np.testing.assert_array_equal(
+        value_of(Function(lambda _, x: Doubled.apply(x)), counts), [0, 2, 4]
+    )
 
 
 def test_tensors_made_in_forward_without_a_device():
