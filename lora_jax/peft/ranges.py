@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from .. import lowrank, paths
-from ..adapter import Adapters, rank
+from ..adapter import Adapter, Adapters, rank
 from ..rewrite import LeafPlan, Plan
 
 
@@ -28,9 +28,9 @@ def without_ranges(plan: Plan, adapters: Adapters) -> tuple[Plan, Adapters]:
             parts[leaf.path].append(leaf)
     whole, changed = {}, dict(adapters)
     for path, ranges in parts.items():
-        own = [changed.pop(leaf.name) for leaf in ranges]
-        changed[path] = lowrank.joined(own, ranges[0].shape)
-        whole[path] = replace(ranges[0], r=rank(changed[path]), columns=None)
+        own = [one for leaf in ranges if isinstance(one := changed.pop(leaf.name), Adapter)]
+        changed[path] = joined = lowrank.joined(own, ranges[0].shape)
+        whole[path] = replace(ranges[0], r=rank(joined), columns=None)
     patterns = {re.escape(paths.module_of(path)): leaf for path, leaf in whole.items()}
     ranks = {pattern: leaf.r for pattern, leaf in patterns.items()}
     alphas = {pattern: _alpha(plan, leaf) for pattern, leaf in patterns.items()}

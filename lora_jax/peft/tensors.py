@@ -94,9 +94,10 @@ def raise_misfits(plan: Plan, adapters: Adapters) -> None:
                 found.append(
                     f"{path}: got scale {entry.scale}, the configuration's is {leaf.scale:g}"
                 )
-        elif np.shape(entry.value) != tuple(plan.full[path].shape):
-            got = np.shape(entry.value)
-            found.append(f"{path}: got {got}, wanted {tuple(plan.full[path].shape)}")
+        elif isinstance(entry, Full):
+            got, wanted_shape = np.shape(entry.value), tuple(plan.full[path].shape)
+            if got != wanted_shape:
+                found.append(f"{path}: got {got}, wanted {wanted_shape}")
     raise_all(AdapterError, "these adapters are not those of the plan", sorted(found))
 
 

@@ -67,6 +67,7 @@ class Record:
         dropout_key: the random key of this interpretation, None for no dropout.
         times: how often the loops around it run it.
         place: the place of the call whose jaxpr this is.
+        calls: the equations of the calls around it.
     """
 
     sites: dict[str, dict[Place, Site]] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Record:
     dropout_key: Any = None
     times: int = 1
     place: Place = ()
+    calls: tuple[core.JaxprEqn, ...] = ()
 
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""
@@ -143,7 +145,7 @@ class Call:
 
     def reject_together(self, one: LoraWeight, other: LoraWeight, why: Unsupported) -> None:
         """Record that not both weights can be adapted."""
-        said = f"{self.eqn.primitive.name}: {why} ({_source(self.eqn)})"
+        said = f"{self.eqn.primitive.name}: {why} ({_source(self)})"
         self.record.together.append((set(one.paths), set(other.paths), said))
 
     def dropped(self, x: Any, weight: LoraWeight, adapter: Adapter) -> tuple[Any, Adapter]:
@@ -176,6 +178,7 @@ class Call:
             dropout_key=key,
             times=turns * self.record.times,
             place=(*self.place, part),
+            calls=(*self.record.calls, self.eqn),
         )
         return interpret(record, closed, operands, dense_gradient=dense_gradient)
 
@@ -265,14 +268,16 @@ def _differ(one: Any, two: Any) -> bool:
 
 def _reject(call: Call, weight: LoraWeight, why: Unsupported) -> None:
     shape = tuple(weight.base.shape)
-    said = f"{call.eqn.primitive.name} of shape {shape}: {why} ({_source(call.eqn)})"
+    said = f"{call.eqn.primitive.name} of shape {shape}: {why} ({_source(call)})"
     for path in weight.paths:
         call.record.rejected.setdefault(path, {})[call.place] = said
 
 
-def _source(eqn: core.JaxprEqn) -> str:
-    """Return file and line of the author's code that an equation came from."""
-    return source_info_util.summarize(eqn.source_info)
+def _source(call: Call) -> str:
+    """Return file and line of the author's code; inside JAX's own functions, of their call."""
+    innermost_first = (call.eqn, *reversed(call.record.calls))
+    known = (source_info_util.summarize(eqn.source_info) for eqn in innermost_first)
+    return next(filter(None, known), "of unknown source")
 
 
 def _last_use(jaxpr: core.Jaxpr) -> dict[Any, int]:

@@ -35,8 +35,10 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     if weight.planning:
         return y
     x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
-    options = dict(weight_first=weight_first, precision=call.params["precision"])
-    return lowrank.add_dot(y, x, adapter, contract, batch, **options)
+    precision = call.params["precision"]
+    return lowrank.add_dot(
+        y, x, adapter, contract, batch, weight_first=weight_first, precision=precision
+    )
 
 
 @rule("conv_general_dilated")
