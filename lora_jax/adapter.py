@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import jax
@@ -77,6 +77,9 @@ def pytree(cls: type[T]) -> type[T]:
 class Adapter:
     """The trained pair of one weight, ``ΔW = scale · A · B``.
 
+    With a magnitude m it is DoRA's (arXiv 2402.09353): the weight becomes
+    ``m · (W + ΔW) / ‖W + ΔW‖``, the norm over the in axes and without a gradient.
+
     A and B are leaves. So is a scale that is an array: it gets no gradient, but an optimizer's
     weight decay would move it, so it has no place in a tree that is trained (see ``many``).
 
@@ -89,6 +92,7 @@ class Adapter:
         dropout: probability of dropping an input of the low-rank path, where a key is given.
         materialize: whether ``W + scale·A·B`` may be formed where a use of W has no rule.
         columns: the range of the weight's first ``o`` axis that B covers; None for all of it.
+        magnitude: DoRA's m, shape ``(*stacked, *out)``; None without it.
     """
 
     a: Float[Array, "*stacked_in r"]
@@ -100,6 +104,7 @@ class Adapter:
     dropout: int | float = field(default=0.0, metadata=dict(static=True))
     materialize: bool = field(default=False, metadata=dict(static=True))
     columns: tuple[int, int] | None = field(default=None, metadata=dict(static=True))
+    magnitude: Float[Array, "*stacked_out"] | None = None
 
 
 @pytree
@@ -135,6 +140,15 @@ def b_shape(shape: tuple[int, ...], axes: str, r: int) -> tuple[int, ...]:
     return (*pick(shape, axes, STACKED), r, *pick(shape, axes, OUT))
 
 
+def magnitude_shape(shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
+    """Return the shape of DoRA's magnitude for a weight of this shape.
+
+    >>> magnitude_shape((6, 384, 12, 32), "sioo")
+    (6, 12, 32)
+    """
+    return pick(shape, axes, STACKED) + pick(shape, axes, OUT)
+
+
 def part_shape(
     shape: tuple[int, ...], axes: str, columns: tuple[int, int] | None
 ) -> tuple[int, ...]:
@@ -165,7 +179,9 @@ def count(adapters: Adapters) -> int:
     trained = [
         leaf
         for entry in adapters.values()
-        for leaf in ([entry.value] if isinstance(entry, Full) else [entry.a, entry.b])
+        for leaf in jax.tree.leaves(
+            replace(entry, scale=1.0) if isinstance(entry, Adapter) else entry
+        )
     ]
     return sum(math.prod(leaf.shape) for leaf in trained)
 
@@ -201,6 +217,9 @@ def _misfits(path: str, adapter: Adapter | Full, shape: tuple[int, ...]) -> list
     r = rank(adapter)
     wanted = {"A": a_shape(shape, adapter.axes, r), "B": b_shape(shape, adapter.axes, r)}
     got = {"A": tuple(adapter.a.shape), "B": tuple(adapter.b.shape)}
+    if adapter.magnitude is not None:
+        wanted["magnitude"] = magnitude_shape(shape, adapter.axes)
+        got["magnitude"] = tuple(adapter.magnitude.shape)
     problems = [f"{path}: {k} got {got[k]}, wanted {wanted[k]}" for k in got if got[k] != wanted[k]]
     if adapter.scale is None:
         problems.append(f"{path}: got no scale, put it in with rescale(adapters, scales)")

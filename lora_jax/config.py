@@ -17,6 +17,15 @@ OUTPUT_HEADS = ("lm_head", "embed_out", "score", "classifier")
 
 T = TypeVar("T")
 
+_SEQUENCES = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "on_unsupported",
+)
+
 BIASES = ("none", "all", "lora_only")
 
 
@@ -35,10 +44,15 @@ class LoraConfig:
         exclude_modules: names or one regular expression, taken out of the targets.
         lora_dropout: probability of dropping an input of the low-rank path, in [0, 1).
         use_rslora: scale by ``alpha / sqrt(r)`` instead of ``alpha / r`` (arXiv 2312.03732).
+        use_dora: also train the norm of each output's weights (arXiv 2402.09353).
         init_lora_weights: a name in ``lora_jax.initializers.INITIALIZERS``; ``True`` is PEFT's
             default (B = 0), ``False`` draws both at random.
         rank_pattern: r by module-name pattern; the first hit wins over ``r``.
         alpha_pattern: alpha by module-name pattern; the first hit wins over ``lora_alpha``.
+        layers_to_transform: the numbers of the layers that are adapted, where ``target_modules``
+            are names; None for all.
+        layers_pattern: names of the list that holds the layers, such as ``"layers"``; by default
+            the first number in a module's name counts.
         modules_to_save: names of modules trained in full and saved beside the adapters.
         bias: which biases are trained in full: ``"none"``, ``"all"``, or ``"lora_only"`` (those
             of adapted modules).
@@ -65,19 +79,21 @@ class LoraConfig:
     exclude_modules: str | Sequence[str] | None = None
     lora_dropout: int | float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
     on_unsupported: str | Sequence[str] = "error"
     output_slices: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = ("target_modules", "exclude_modules", "modules_to_save", "on_unsupported")
-        for name in names:
+        for name in _SEQUENCES:
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if value is not None and not isinstance(value, str | int):
                 object.__setattr__(self, name, tuple(value))
         raise_all(ConfigError, "these LoraConfig fields are out of range", _problems(self))
 
@@ -131,6 +147,25 @@ def matches(names: str | Sequence[str] | None, module: str) -> bool:
     return any(_ends_with(module, name) for name in names)
 
 
+def in_chosen_layer(config: LoraConfig, module: str) -> bool:
+    """Tell whether ``layers_to_transform`` means the layer that this module is in.
+
+    >>> config = LoraConfig(target_modules=["q"], layers_to_transform=[1])
+    >>> in_chosen_layer(config, "layers.1.q"), in_chosen_layer(config, "layers.2.experts.1.q")
+    (True, False)
+    """
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == ():
+        return True
+    lists = config.layers_pattern or r"[^.]*"
+    for pattern in (lists,) if isinstance(lists, str) else lists:
+        # The first number counts: an expert's comes later.
+        start = r".*?\." if not config.layers_pattern else r"(?:^|.*?\.)"
+        if found := re.match(rf"{start}{pattern}\.(\d+)\.", module):
+            return int(found[1]) in ((wanted,) if isinstance(wanted, int) else wanted)
+    return False
+
+
 def is_output_head(module: str) -> bool:
     """Tell whether ``all-linear`` leaves this module out, by the names output heads have."""
     return any(_ends_with(module, name) for name in OUTPUT_HEADS)
@@ -170,6 +205,16 @@ def _problems(config: LoraConfig) -> list[str]:
         found.append(f"lora_dropout: got {config.lora_dropout!r}, wanted 0 <= p < 1")
     if config.bias not in BIASES:
         found.append(f"bias: got {config.bias!r}, wanted one of {', '.join(BIASES)}")
+    if isinstance(config.target_modules, str):
+        found += [
+            f"{name}: got {getattr(config, name)!r}, wanted None where target_modules is a string"
+            for name in ("layers_to_transform", "layers_pattern")
+            if getattr(config, name) is not None
+        ]
+    elif config.layers_pattern and config.layers_to_transform is None:
+        found.append("layers_to_transform: got None, wanted numbers beside layers_pattern")
+    if config.use_dora and config.output_slices:
+        found.append("use_dora: got True, wanted False beside output_slices")
     if isinstance(config.modules_to_save, str):
         found.append(f"modules_to_save: got {config.modules_to_save!r}, wanted a list of names")
     found += [

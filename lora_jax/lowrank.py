@@ -7,7 +7,7 @@ output's dtype. So an fp32 adapter beside a bf16 base behaves as PEFT's does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -67,7 +67,6 @@ def add_dot(
     adapter: Adapter,
     contract: tuple[Axes, Axes],
     batch: tuple[Axes, Axes] = ((), ()),
-    *,
     weight_first: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> Inexact[Array, "*out"]:
@@ -232,8 +231,13 @@ def delta(adapter: Adapter) -> Float[Array, "..."]:
 
 
 def merged(weight: Inexact[Array, "*w"], adapter: Adapter) -> Inexact[Array, "*w"]:
-    """Return ``W + s·A·B``, summed in at least float32 and rounded once to W's dtype."""
+    """Return ``W + s·A·B``, or DoRA's weight, formed in at least float32 and rounded once."""
     change = delta(adapter)
+    if adapter.magnitude is not None:
+        wide = weight.astype(wider(weight.dtype, change.dtype))
+        return with_gain(add(wide, change), gain(weight, adapter), adapter.axes).astype(
+            weight.dtype
+        )
     if adapter.columns is None:
         return add(weight, change)
     start, stop = adapter.columns
@@ -245,12 +249,74 @@ def merged(weight: Inexact[Array, "*w"], adapter: Adapter) -> Inexact[Array, "*w
 def dora_norm(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stacked_out"]:
     """Return DoRA's ``‖W + s·A·B‖`` over the in axes, one for each stacked and out index.
 
-    It enters ``y = m / ‖W + s·A·B‖ · x(W + s·A·B)`` as a constant: the caller stops its
-    gradient (arXiv 2402.09353, section 4.3).
+    ``‖W‖² + 2s·Σ (WᵀA)∘Bᵀ + s²·Σ (AᵀA·B)∘B`` is the square of it, so that no sum of the weight's
+    size is formed.
+
+    Source: DoRA, arXiv 2402.09353, section 4.1.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((4, 1)), jnp.ones((1, 2)), scale=2.0)
+    >>> dora_norm(jnp.ones((4, 2)), adapter).tolist()
+    [6.0, 6.0]
     """
-    change = delta(adapter)
-    whole = add(weight.astype(wider(weight.dtype, change.dtype)), change)
-    return jnp.sqrt(jnp.sum(whole * whole, axis=_axes_with(adapter.axes, IN)))
+    exact = wider(accumulation_dtype(weight.dtype), adapter.a.dtype)
+    w, a, b = (array.astype(exact) for array in (weight, adapter.a, adapter.b))
+    of = {letter: _axes_with(adapter.axes, letter) for letter in (STACKED, IN, OUT)}
+    r, r2 = w.ndim, w.ndim + 1
+    for_a, for_b = (*of[STACKED], *of[IN]), (*of[STACKED], r, *of[OUT])
+
+    def product(one: Array, its: Axes, two: Array, others: Axes, result: Axes) -> Array:
+        return jnp.einsum(one, its, two, others, result, precision=lax.Precision.HIGHEST)
+
+    wa = product(w, range(w.ndim), a, (*for_a, r), for_b)
+    gram = product(a, (*for_a, r), a, (*for_a, r2), (*of[STACKED], r, r2))
+    low = product(gram, (*of[STACKED], r2, r), b, (*of[STACKED], r2, *of[OUT]), for_b)
+    b = scaled(b, adapter)
+    added = jnp.sum(b * (2 * wa + scaled(low, adapter)), axis=len(of[STACKED]))
+    kept = sorted(of[STACKED] + of[OUT])
+    squares = lax.transpose(
+        jnp.sum(w * w, axis=of[IN]), [kept.index(n) for n in of[STACKED] + of[OUT]]
+    )
+    return jnp.sqrt(jnp.maximum(squares + added, 0))
+
+
+def gain(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stacked_1_out"] | None:
+    """Return DoRA's ``m / ‖W + s·A·B‖`` in the layout of B with r = 1; None without a magnitude.
+
+    The norm enters as a constant: it gets no gradient (arXiv 2402.09353, section 4.3).
+    """
+    if adapter.magnitude is None:
+        return None
+    norm = lax.stop_gradient(dora_norm(weight, adapter))
+    return jnp.expand_dims(adapter.magnitude / norm, adapter.axes.count(STACKED))
+
+
+def gained(
+    y: Inexact[Array, "*out"], ratio: Float[Array, "..."], axes: str, place: Mapping[int, int]
+) -> Inexact[Array, "*out"]:
+    """Return y times a ``gain``, multiplied in the wider dtype and rounded once to y's.
+
+    Args:
+        y: what is multiplied.
+        ratio: of a weight with these ``axes``.
+        axes: one letter for each axis of the weight.
+        place: which axis of y each stacked and out axis of the weight is.
+    """
+    own = _axes_with(axes, STACKED) + _axes_with(axes, OUT)
+    ratio = lax.squeeze(ratio, [axes.count(STACKED)])
+    order = sorted(range(len(own)), key=lambda n: place[own[n]])
+    ratio = lax.expand_dims(
+        lax.transpose(ratio, order), [n for n in range(y.ndim) if n not in map(place.get, own)]
+    )
+    wide = wider(y.dtype, ratio.dtype)
+    return (y.astype(wide) * ratio.astype(wide)).astype(y.dtype)
+
+
+def with_gain(weight: Inexact[Array, "*w"], ratio: Any, axes: str) -> Inexact[Array, "*w"]:
+    """Return the weight times a ``gain``; as it is where there is none."""
+    if ratio is None:
+        return weight
+    return gained(weight, ratio, axes, {axis: axis for axis in range(weight.ndim)})
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:

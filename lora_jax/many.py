@@ -167,7 +167,7 @@ def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Adap
             value = take(entry.value)
             return Full(_where(present, value, frozen[path]) if path in frozen else value)
         scale = take(jnp.asarray(stacked.scales[path], float))
-        return replace(entry, a=take(entry.a), b=take(entry.b), scale=scale)
+        return replace(jax.tree.map(take, entry), scale=scale)
 
     return {path: entry(path, each) for path, each in stacked.adapters.items()}
 
@@ -213,9 +213,8 @@ def per_example(adapted: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stack_pairs(pairs: Sequence[Adapter]) -> Adapter:
     largest = max(map(rank, pairs))
-    padded = [_with_rank(pair, largest) for pair in pairs]
-    a, b = jnp.stack([pair.a for pair in padded]), jnp.stack([pair.b for pair in padded])
-    return replace(pairs[0], a=a, b=b, scale=None)
+    padded = [replace(_with_rank(pair, largest), scale=None) for pair in pairs]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)
 
 
 def _stack_scales(scales: Sequence[Any]) -> Any:
@@ -296,4 +295,5 @@ def _facts(entry: Adapter | Full) -> dict[str, Any]:
         "columns": entry.columns,
         "shape": (entry.a.shape[:-1], entry.b.shape[:at] + entry.b.shape[at + 1 :]),
         "dtype": (entry.a.dtype, entry.b.dtype),
+        "magnitude": entry.magnitude is not None,
     }

@@ -160,6 +160,7 @@ def gradient(subject: Subject) -> None:
         )(params, adapters, *args)
         merged = merge(params, adapters)
         targets = {path: paths.flatten(merged)[path] for path in map(paths.parameter_of, adapters)}
+        frozen = paths.flatten(params)
         whole = jit(
             lambda merged, targets, *args: jax.grad(
                 lambda leaves: loss(lambda: fn(paths.replace(merged, leaves), *args))
@@ -168,10 +169,12 @@ def gradient(subject: Subject) -> None:
         bound = BOUNDS[subject.precision][1]
         for path, adapter in adapters.items():
             weight = paths.parameter_of(path)
-            _, pull = jax.vjp(partial(lowrank.merged, targets[weight]), adapter)
+            _, pull = jax.vjp(partial(lowrank.merged, frozen[weight]), adapter)
             (wanted,) = pull(whole[weight])
             assert relative(got[path].a, wanted.a) <= bound
             assert relative(got[path].b, wanted.b) <= bound
+            if adapter.magnitude is not None:
+                assert relative(got[path].magnitude, wanted.magnitude) <= bound
 
 
 def frugality(subject: Subject) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -94,15 +94,27 @@ class Given:
 
 
 @pytest.fixture(params=LAYERS)
-def given(request) -> Given:
-    layers = LAYERS[request.param]
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["lora", "dora"])
+def given(request, name) -> Given:
+    layers = LAYERS[name]
     module = layers.make()
     fn, params = from_torch(module)
-    found = plan(fn, params, layers.config, layers.x)
+    config = replace(layers.config, use_dora=request.param)
+    found = plan(fn, params, config, layers.x)
     rng = np.random.default_rng(1)
     adapters = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, jnp.float32), found.abstract()
     )
+    if config.use_dora:  # near the norms, as in training
+        fresh = found.init(jax.random.key(0))
+        adapters = {
+            path: replace(adapter, magnitude=fresh[path].magnitude * (1 + adapter.magnitude / 4))
+            for path, adapter in adapters.items()
+        }
     return Given(layers, module, fn, params, found, adapters)
 
 
@@ -238,6 +250,8 @@ def test_adapters_of_another_scale_rank_or_kind_are_refused(tmp_path):
     with pytest.raises(AdapterError) as error:
         save_pretrained(tmp_path / "adapter", found, wider.init(jax.random.key(0)))
     said = str(error.value)
-    assert "head.weight: got A, B ((30, 5), (5, 7)), wanted ((30, 3), (3, 7))" in said
+    assert (
+        "head.weight: got {'a': (30, 5), 'b': (5, 7)}, wanted {'a': (30, 3), 'b': (3, 7)}" in said
+    )
     assert "table.weight: got scale 1.6, the configuration's is 1.33333" in said
     assert not (tmp_path / "adapter").exists()

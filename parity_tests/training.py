@@ -237,11 +237,18 @@ def tensors(plan: Plan, tree: Any) -> Tensors:
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     """Return what PEFT trains, by the names of its file."""
-    return {
-        name.replace(".modules_to_save.default", "").replace(".default", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+    said_otherwise = {
+        ".modules_to_save.default": "",
+        ".default": "",
+        "lora_magnitude_vector.weight": "lora_magnitude_vector",
     }
+
+    def in_file(name: str) -> str:
+        for inside, outside in said_otherwise.items():
+            name = name.replace(inside, outside)
+        return name
+
+    return {in_file(n): p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def copied(values: Mapping[str, torch.Tensor]) -> Tensors:

@@ -22,6 +22,7 @@ from ..errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
 
 PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 
 Names = Callable[[str], str]
 
@@ -33,7 +34,7 @@ class Slot:
     Args:
         key: the tensor's name in the file.
         path: the parameter.
-        part: ``"a"``, ``"b"`` or ``"value"``.
+        part: ``"a"``, ``"b"``, ``"magnitude"`` or ``"value"``.
         index: the indices of the stacked axes; empty without any.
         shape: the tensor's shape in the file.
     """
@@ -87,9 +88,10 @@ def raise_misfits(plan: Plan, adapters: Adapters) -> None:
             kind = "A and B" if leaf else "the whole parameter"
             found.append(f"{path}: got {type(entry).__name__}, wanted {kind}")
         elif leaf and isinstance(entry, Adapter):
-            got = (np.shape(entry.a), np.shape(entry.b))
-            if got != (leaf.a_shape, leaf.b_shape):
-                found.append(f"{path}: got A, B {got}, wanted {(leaf.a_shape, leaf.b_shape)}")
+            shapes = _shapes(leaf)
+            got = {part: np.shape(getattr(entry, part)) for part in shapes}
+            if got != shapes or leaf.dora != (entry.magnitude is not None):
+                found.append(f"{path}: got {got}, wanted {shapes}")
             if entry.scale is None or not np.allclose(entry.scale, leaf.scale, rtol=1e-6, atol=0):
                 found.append(
                     f"{path}: got scale {entry.scale}, the configuration's is {leaf.scale:g}"
@@ -140,8 +142,8 @@ def decode(
     adapters: dict[str, Adapter | Full] = {}
     for leaf in plan.leaves:
         if leaf.adapted:
-            a, b = read(leaf, "a"), read(leaf, "b")
-            adapters[leaf.path] = leaf.adapter(a, b, plan.config.lora_dropout)
+            parts = {part: read(leaf, part) for part in _shapes(leaf)}
+            adapters[leaf.path] = leaf.adapter(dropout=plan.config.lora_dropout, **parts)
         elif leaf.path in plan.full:
             adapters[leaf.path] = Full(read(leaf, "value"))
     return adapters
@@ -190,6 +192,9 @@ def _slots(plan: Plan, leaf: LeafPlan, modules: set[str], names: Names) -> Itera
             ones = (1,) * len(window)
             yield Slot(f"{name}.{a_name}", leaf.path, "a", index, (leaf.r, fan_in, *window))
             yield Slot(f"{name}.{b_name}", leaf.path, "b", index, (fan_out, leaf.r, *ones))
+            if leaf.dora:
+                shape = (1, fan_out, *ones) if window else (fan_out,)
+                yield Slot(f"{name}.{MAGNITUDE}", leaf.path, "magnitude", index, shape)
         else:
             bias = paths.leaf_name(leaf.path) in paths.BIAS_NAMES
             wrapped = ".base_layer" if bias and paths.module_of(leaf.path) in modules else ""
@@ -223,6 +228,12 @@ def _file_shape(leaf: LeafPlan) -> tuple[int, ...]:
     return (math.prod(sizes[0]), math.prod(sizes[1]), *sizes[2])
 
 
+def _shapes(leaf: LeafPlan) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every part of an adapter."""
+    magnitude = {"magnitude": leaf.magnitude_shape} if leaf.dora else {}
+    return {"a": leaf.a_shape, "b": leaf.b_shape} | magnitude
+
+
 def _in_file_order(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], list[int]]:
     """Return a weight's axes in the order of the file: stacked, out, in, and the window's."""
 
@@ -237,19 +248,20 @@ def _in_file_order(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], lis
 
 
 def _order(leaf: LeafPlan, part: str) -> list[int]:
-    """Return the axes of A, of B, or of a weight trained in full, in the order of the file."""
+    """Return the axes of a part of the adapter, or of a whole weight, in the order of the file."""
     stacked, out, in_, window = _in_file_order(leaf)
     if part == "value":
         return [*stacked, *out, *in_, *window]
     held = [n for n, letter in enumerate(leaf.axes) if letter == (IN if part == "a" else OUT)]
-    place = {axis: len(stacked) + n + (part == "b") for n, axis in enumerate(held)}
-    rank = len(stacked) + (len(held) if part == "a" else 0)
-    own = (
-        [rank, *(place[n] for n in [*in_, *window])]
-        if part == "a"
-        else [*(place[n] for n in out), rank]
-    )
-    return [*range(len(stacked)), *own]
+    first = len(stacked) + (part == "b")
+    place = {axis: first + n for n, axis in enumerate(held)}
+    rank = {"a": first + len(held), "b": len(stacked)}
+    own = {
+        "a": [rank["a"], *(place.get(axis) for axis in (*in_, *window))],
+        "b": [*(place.get(axis) for axis in out), rank["b"]],
+        "magnitude": [place.get(axis) for axis in out],
+    }
+    return [*range(len(stacked)), *own[part]]
 
 
 def _to_matrix(whole: np.ndarray, leaf: LeafPlan, slot: Slot) -> np.ndarray:
@@ -261,7 +273,7 @@ def _from_matrices(
 ) -> np.ndarray:
     if part == "value" and not leaf.axes:
         return tensors[parts[0].key]
-    shape = {"a": leaf.a_shape, "b": leaf.b_shape, "value": leaf.shape}[part]
+    shape = leaf.shape if part == "value" else _shapes(leaf)[part]
     order = _order(leaf, part)
     whole = np.stack([tensors[slot.key] for slot in parts]).reshape([shape[n] for n in order])
     return np.ascontiguousarray(whole.transpose(np.argsort(order)))

@@ -123,11 +123,11 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
         for value, spec in zip(operands, call.params["in_specs"], strict=True)
     ]
     # Inside, base, A and B have other shapes than the LoraWeight outside.
-    parts = [(v.base, v.a, v.b) if isinstance(v, LoraWeight) else v for v in operands]
+    parts = [(v.base, v.a, v.b, v.gain) if isinstance(v, LoraWeight) else v for v in operands]
 
     def body(*parts: Any) -> tuple[Any, ...]:
         local = [
-            replace(value, **dict(zip("base a b".split(), part, strict=True)))
+            replace(value, **dict(zip("base a b gain".split(), part, strict=True)))
             if isinstance(value, LoraWeight)
             else part
             for value, part in zip(operands, parts, strict=True)
@@ -150,7 +150,7 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
 @rule("custom_jvp_call")
 def custom_jvp(call: Call, *operands: Any) -> list[Any]:
     """Keep the author's tangent rule: it sees ``W + s·A·B`` and its tangent ``s·(dA·B + A·dB)``."""
-    _refuse_dropout(call, operands)
+    _refuse_what_authors_do_not_know(call, operands)
 
     @jax.custom_jvp
     def function(*operands: Any) -> list[Any]:
@@ -175,7 +175,7 @@ def custom_jvp(call: Call, *operands: Any) -> list[Any]:
 @rule("custom_vjp_call", "custom_vjp_call_jaxpr")
 def custom_vjp(call: Call, *operands: Any) -> list[Any]:
     """Keep the author's cotangent rule: its ``dW`` gives ``dA = s·dW·Bᵀ`` and ``dB = s·Aᵀ·dW``."""
-    _refuse_dropout(call, operands)
+    _refuse_what_authors_do_not_know(call, operands)
 
     @jax.custom_vjp
     def function(*operands: Any) -> list[Any]:
@@ -256,10 +256,12 @@ def _refuse_weights(values: Sequence[Any], why: str) -> None:
         raise Unsupported(why)
 
 
-def _refuse_dropout(call: Call, operands: tuple[Any, ...]) -> None:
-    dropping = any(isinstance(value, LoraWeight) and value.dropout for value in operands)
-    if dropping and call.record.dropout_key is not None:
+def _refuse_what_authors_do_not_know(call: Call, operands: tuple[Any, ...]) -> None:
+    adapted = [value for value in operands if isinstance(value, LoraWeight)]
+    if call.record.dropout_key is not None and any(weight.dropout for weight in adapted):
         raise Unsupported("the author's derivative knows nothing of lora_dropout")
+    if any(weight.gain is not None for weight in adapted):
+        raise Unsupported("the author's derivative knows nothing of DoRA")
 
 
 def _in_places(call: Call, operands: tuple[Any, ...], smooth: list[int]) -> Any:

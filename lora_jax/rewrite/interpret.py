@@ -156,6 +156,11 @@ class Call:
         own = jax.random.fold_in(fold_in_path(key, path), self.index)
         return lowrank.drop(x, adapter, own)
 
+    def refuse_dropout(self, weight: LoraWeight) -> None:
+        """Raise ``Unsupported`` where dropout is asked for at a site of DoRA's without a rule."""
+        if self.record.dropout_key is not None and weight.dropout:
+            raise Unsupported("DoRA with lora_dropout has no rule here")
+
     def interpret(
         self,
         closed: core.ClosedJaxpr,

@@ -31,10 +31,12 @@ def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
         order = sorted(new, key=lambda axis: new[axis])
         return lax.transpose(factor, [old[source[axis]] for axis in order])
 
+    rank_axis = weight.letters.count(STACKED)
     return replace(
         moved,
         a=follow(weight.a, IN, weight.a.ndim - 1),
-        b=follow(weight.b, OUT, weight.letters.count(STACKED)),
+        b=follow(weight.b, OUT, rank_axis),
+        gain=None if weight.gain is None else follow(weight.gain, OUT, rank_axis),
     )
 
 
@@ -111,7 +113,8 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     along a stacked axis, the ranks are filled up with zeros.
 
     Raises:
-        Unsupported: the parts give an axis different letters.
+        Unsupported: the parts give an axis different letters, or one of them is DoRA's and the
+            axis is an in axis.
     """
     weights = [part for part in parts if isinstance(part, LoraWeight)]
     base = lax.concatenate([_base(part) for part in parts], axis)
@@ -136,7 +139,8 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     whole_parts = [next(own) if isinstance(part, LoraWeight) else part for part in parts]
     a = _join(whole_parts, weights, axis, IN, block=letter == IN)
     b = _join(whole_parts, weights, axis, OUT, block=letter == OUT)
-    return replace(whole, a=a, b=b, scale=scale)
+    gain = _join_gains(whole_parts, weights[0], axis)
+    return replace(whole, a=a, b=b, scale=scale, gain=gain)
 
 
 def _base(part: Any) -> Any:
@@ -198,6 +202,25 @@ def _join(
             shape[rank_axis], shape[at[axis]] = total, part.shape[axis]
             pieces.append(jnp.zeros(shape, factor_of(like).dtype))
     assert block or stacked
+    return lax.concatenate(pieces, at[axis])
+
+
+def _join_gains(parts: Sequence[Any], like: LoraWeight, axis: int) -> Any:
+    """Return DoRA's gain of the joined weight; it is 1 for parts that have none."""
+    gains = [part.gain if isinstance(part, LoraWeight) else None for part in parts]
+    known = next((gain for gain in gains if gain is not None), None)
+    if known is None:
+        return None
+    at = factor_axes(like, OUT)
+    if axis not in at:
+        raise Unsupported("weights of DoRA's are joined along an axis that is summed over")
+
+    def ones(part: Any) -> Any:
+        shape = list(known.shape)
+        shape[at[axis]] = _base(part).shape[axis]
+        return jnp.ones(shape, known.dtype)
+
+    pieces = [ones(p) if gain is None else gain for p, gain in zip(parts, gains, strict=True)]
     return lax.concatenate(pieces, at[axis])
 
 

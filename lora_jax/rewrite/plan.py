@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from .. import config as configs
-from .. import paths
-from ..adapter import IN, OUT, Adapter, Full, a_shape, b_shape, part_shape
+from .. import lowrank, paths
+from ..adapter import IN, OUT, Adapter, Full, a_shape, b_shape, magnitude_shape, part_shape
 from ..config import LoraConfig
 from ..errors import ConfigError, raise_all
 from ..initializers import draw, fold_in_path, for_lookup, init_problems
@@ -44,6 +44,7 @@ class LeafPlan:
         groups: how many groups of channels a convolution keeps apart.
         materialized: why ``W + s·A·B`` is formed; empty where it is not.
         columns: the range of the first ``o`` axis that is adapted; None for all of it.
+        dora: whether DoRA's magnitude is trained beside A and B.
     """
 
     path: str
@@ -59,6 +60,7 @@ class LeafPlan:
     groups: int = 1
     materialized: str = ""
     columns: tuple[int, int] | None = None
+    dora: bool = False
 
     @property
     def name(self) -> str:
@@ -90,16 +92,22 @@ class LeafPlan:
         """The shape of B."""
         return b_shape(self.part_shape, self.axes, self.r)
 
-    def adapter(self, a: Any, b: Any, dropout: int | float = 0.0) -> Adapter:
-        """Return the adapter that this A and B are."""
+    @property
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of DoRA's magnitude."""
+        return magnitude_shape(self.shape, self.axes)
+
+    def adapter(self, a: Any, b: Any, dropout: int | float = 0.0, magnitude: Any = None) -> Adapter:
+        """Return the adapter that this A and B are, and with DoRA this magnitude."""
         formed = bool(self.materialized)
-        return Adapter(a, b, self.scale, self.axes, dropout, formed, self.columns)
+        return Adapter(a, b, self.scale, self.axes, dropout, formed, self.columns, magnitude)
 
     @property
     def trained(self) -> int:
         """How many values are trained for this parameter."""
         if self.adapted:
-            return math.prod(self.a_shape) + math.prod(self.b_shape)
+            magnitude = math.prod(self.magnitude_shape) if self.dora else 0
+            return math.prod(self.a_shape) + math.prod(self.b_shape) + magnitude
         return math.prod(self.shape) if self.why == TRAINED else 0
 
 
@@ -114,11 +122,13 @@ class Plan:
         config: the configuration that was resolved.
         leaves: one decision for each parameter, in the order of the parameters.
         full: the parameters to train in full, by path, as they are in the model.
+        normed: the parameters whose norms DoRA starts from, likewise.
     """
 
     config: LoraConfig
     leaves: tuple[LeafPlan, ...]
     full: Mapping[str, Any] = field(repr=False)
+    normed: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def adapted(self) -> tuple[LeafPlan, ...]:
@@ -153,13 +163,21 @@ class Plan:
             init, own = self.config.init_lora_weights, fold_in_path(key, leaf.name)
             init = for_lookup(init) if leaf.looked_up else init
             a, b = draw(own, init, leaf.part_shape, leaf.axes, leaf.r, dtype)
-            adapters[leaf.name] = leaf.adapter(a, b, self.config.lora_dropout)
+            adapter = leaf.adapter(a, b, self.config.lora_dropout)
+            if leaf.dora:
+                norm = lowrank.dora_norm(self.normed[leaf.path], adapter).astype(dtype)
+                adapter = replace(adapter, magnitude=norm)
+            adapters[leaf.name] = adapter
         copies = {path: Full(jnp.array(value, copy=True)) for path, value in self.full.items()}
         return adapters | copies
 
     def abstract(self, dtype: DTypeLike = jnp.float32) -> dict[str, Adapter | Full]:
         """Return the adapters' shapes and dtypes without drawing them."""
-        return jax.eval_shape(lambda key: self.init(key, dtype), jax.random.key(0))
+
+        def init(key: Any, full: Any, normed: Any) -> dict[str, Adapter | Full]:
+            return replace(self, full=full, normed=normed).init(key, dtype)
+
+        return jax.eval_shape(init, jax.random.key(0), dict(self.full), dict(self.normed))
 
     def __str__(self) -> str:
         return render(self)
@@ -204,7 +222,9 @@ def plan(
     adapted = tuple(row for row in rows if row.adapted)
     _check_slices(adapted)
     _check_inits(config, adapted)
-    return Plan(config, rows, {path: leaves[path] for path in leaves if path in saved})
+    full = {path: leaves[path] for path in leaves if path in saved}
+    normed = {row.path: leaves[row.path] for row in adapted if row.dora}
+    return Plan(config, rows, full, normed)
 
 
 def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Record:
@@ -270,6 +290,7 @@ def _decide(
         axes=seen.axes or IN * (len(shape) - 1) + OUT,
         dense_gradient=any(site.dense_gradient for site in sites),
         materialized=next(iter(refused.values()), ""),
+        dora=config.use_dora,
     )
     ranges = configs.slices(config, module) or (None,)
     return [replace(whole, columns=columns) for columns in ranges]

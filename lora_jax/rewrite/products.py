@@ -8,10 +8,10 @@ from typing import Any
 from jax import lax
 
 from .. import contractions, lowrank
-from ..adapter import STACKED
+from ..adapter import IN, OUT, STACKED
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
-from .weight import LoraWeight, adapter_at, mirror
+from .weight import LoraWeight, adapter_at, gain_at, mirror
 
 
 @rule("dot_general")
@@ -34,11 +34,32 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     y = call.plain(base_of(lhs), base_of(rhs))
     if weight.planning:
         return y
-    x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
-    precision = call.params["precision"]
-    return lowrank.add_dot(
-        y, x, adapter, contract, batch, weight_first=weight_first, precision=precision
-    )
+    adapter = adapter_at(weight, contract[1], batch[1])
+    options = (contract, batch, weight_first, call.params["precision"])
+    if weight.gain is None:
+        x, adapter = call.dropped(x, weight, adapter)
+        return lowrank.add_dot(y, x, adapter, *options)
+
+    def plain(x: Any) -> Any:
+        return call.plain(weight.base, x) if weight_first else call.plain(x, weight.base)
+
+    gain, letters = gain_at(weight, contract[1], batch[1])
+    if letters[contract[1][0]] == OUT:
+        place = dict(zip([*contract[1], *batch[1]], [*contract[0], *batch[0]], strict=True))
+        call.refuse_dropout(weight)
+        x = lowrank.gained(x, gain, letters, place)
+        return lowrank.add_dot(plain(x), x, adapter, *options)
+    free = [n for n in range(weight.base.ndim) if n not in {*contract[1], *batch[1]}]
+    first = len(batch[1]) if weight_first else y.ndim - len(free)
+    place = {axis: n for n, axis in enumerate(batch[1])}
+    place |= {axis: first + n for n, axis in enumerate(free)}
+    kept, adapter = call.dropped(x, weight, adapter)
+    if kept is x:
+        return lowrank.gained(lowrank.add_dot(y, x, adapter, *options), gain, letters, place)
+    # PEFT: the base's own output stays, what DoRA adds to it is of the inputs that are kept.
+    rest = plain(kept / (1 - weight.dropout))
+    added = lowrank.gained(lowrank.add_dot(rest, kept, adapter, *options), gain, letters, place)
+    return y + added - rest
 
 
 @rule("conv_general_dilated")
@@ -55,13 +76,22 @@ def conv_general_dilated(call: Call, x: Any, kernel: Any) -> Any:
     y = call.plain(x, kernel.base)
     if kernel.planning:
         return y
-    adapter = adapter_at(kernel, spec.rhs_spec[1:])
+    adapter, gain = adapter_at(kernel, spec.rhs_spec[1:]), kernel.gain
+    out, summed = spec.rhs_spec[:2]
+    if gain is not None:
+        call.refuse_dropout(kernel)
+        if adapter.axes[out] == IN:
+            x = lowrank.gained(x, gain, adapter.axes, {summed: spec.lhs_spec[1]})
+            y = call.plain(x, kernel.base)
     if groups > 1 and adapter.axes[spec.rhs_spec[0]] != "o":
         raise Unsupported("a grouped kernel is used the other way round")
     x, adapter = call.dropped(x, kernel, adapter)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     options = {name: call.params[name] for name in names}
-    return lowrank.add(y, contractions.conv(x, adapter, spec, groups, options))
+    y = lowrank.add(y, contractions.conv(x, adapter, spec, groups, options))
+    if gain is None or adapter.axes[out] == IN:
+        return y
+    return lowrank.gained(y, gain, adapter.axes, {out: spec.out_spec[1]})
 
 
 @rule("ragged_dot_general")
@@ -77,6 +107,8 @@ def ragged_dot_general(call: Call, x: Any, weight: Any, group_sizes: Any) -> Any
     y = call.plain(x, weight.base, group_sizes)
     if weight.planning:
         return y
+    if weight.gain is not None:
+        raise Unsupported("DoRA has no rule for groups of rows")
     x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], groups))
     addend = contractions.ragged_dot(
         x,
@@ -124,7 +156,12 @@ def _rows(call: Call, weight: LoraWeight, indices: Any, axis: int) -> Any:
     place = call.params["dimension_numbers"].offset_dims[0]
     order = [*range(addend.ndim - 1)]
     order.insert(place, addend.ndim - 1)
-    return lowrank.add(y, lax.transpose(addend, order))
+    y = lowrank.add(y, lax.transpose(addend, order))
+    if weight.gain is None:
+        return y
+    if adapter.axes[axis] == OUT:
+        raise Unsupported("DoRA scales the axis that is looked up")
+    return lowrank.gained(y, weight.gain, adapter.axes, {1 - axis: place})
 
 
 def _looked_up(weight: LoraWeight, numbers: Any, sizes: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
             and not _other_kind(path, record)
         }
     else:
-        named = {path for path in leaves if _named(config.target_modules, path)}
+        named = {path for path in leaves if _is_target(config, path)}
         named -= _companions(config.target_modules, named, record)
     excluded = {path for path in named if _named(config.exclude_modules, path)}
     saved = {path for path in named if configs.is_saved(config, paths.module_of(path))}
@@ -137,6 +138,11 @@ def _named(names: Any, path: str) -> bool:
     return configs.matches(names, module) or configs.matches(names, path.replace("/", "."))
 
 
+def _is_target(config: LoraConfig, path: str) -> bool:
+    chosen = configs.in_chosen_layer(config, path.replace("/", "."))
+    return chosen and _named(config.target_modules, path)
+
+
 def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterator[tuple[str, str]]:
     """Yield every field and pattern that has no effect."""
     names = config.target_modules
@@ -147,6 +153,11 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
     for name in _each(config.exclude_modules):
         if not any(_named(_alike(config.exclude_modules, name), path) for path in leaves):
             yield "exclude_modules", name
+    wanted = config.layers_to_transform
+    for layer in (wanted,) if isinstance(wanted, int) else wanted or ():
+        one = replace(config, layers_to_transform=layer)
+        if not any(configs.in_chosen_layer(one, path.replace("/", ".")) for path in targets):
+            yield "layers_to_transform", str(layer)
     saved = config.modules_to_save or ()
     # PEFT lists every head name it knows, so one that fits is enough.
     if saved and not any(configs.is_saved(config, paths.module_of(path)) for path in leaves):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -133,8 +134,7 @@ def copy(call: Call, weight: LoraWeight) -> LoraWeight:
 @rule("stop_gradient")
 def stop_gradient(call: Call, weight: LoraWeight) -> LoraWeight:
     """Stop the gradient of W, A and B alike: what the author freezes does not learn here."""
-    stopped = [v if v is None else lax.stop_gradient(v) for v in (weight.base, weight.a, weight.b)]
-    return replace(weight, **dict(zip(("base", "a", "b"), stopped, strict=True)))
+    return jax.tree.map(lax.stop_gradient, weight)
 
 
 @rule("optimization_barrier")

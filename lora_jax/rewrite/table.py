@@ -37,6 +37,7 @@ def totals(plan: Plan) -> str:
 
 def _row(leaf: LeafPlan) -> tuple[str, ...]:
     why = f"{leaf.why}, author's derivative forms dW" if leaf.dense_gradient else leaf.why
+    why += ", DoRA" if leaf.dora else ""
     why += f", W + AB is formed: {leaf.materialized}" if leaf.materialized else ""
     if not leaf.adapted:
         return (leaf.path, str(leaf.shape), why, "", "", "", "", str(leaf.sites))

@@ -64,6 +64,7 @@ class LoraWeight:
         looped: the parameters' axes that a scan or an index has consumed.
         leaves: the parameters.
         scale: the scale of ``A·B``.
+        gain: DoRA's ``m / ‖W + s·A·B‖`` in the layout of B with r = 1; None without it.
     """
 
     base: Any
@@ -73,6 +74,7 @@ class LoraWeight:
     looped: frozenset[Label] = field(metadata=dict(static=True))
     leaves: tuple[Leaf, ...] = field(metadata=dict(static=True))
     scale: Any = field(default=1.0, metadata=dict(static=is_number))
+    gain: Any = None
 
     @property
     def planning(self) -> bool:
@@ -117,7 +119,8 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
     if adapter is None:
         return LoraWeight(base, None, None, origin, frozenset(), (Leaf(path, base.ndim),))
     leaf = Leaf(path, base.ndim, adapter.axes, adapter.dropout, adapter.materialize)
-    return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), (leaf,), adapter.scale)
+    gain = lowrank.gain(base, adapter)
+    return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), (leaf,), adapter.scale, gain)
 
 
 def use(
@@ -180,8 +183,23 @@ def adapter_at(
     weight: LoraWeight, contracted: Sequence[int] = (), batch: Sequence[int] = ()
 ) -> Adapter:
     """Return the adapter for the weight as it stands, added axes taking their part in the use."""
+    whole, letters = _as_used(weight, contracted, batch)
+    return Adapter(whole.a, whole.b, weight.scale, letters, weight.dropout)
+
+
+def gain_at(
+    weight: LoraWeight, contracted: Sequence[int] = (), batch: Sequence[int] = ()
+) -> tuple[Any, str]:
+    """Return DoRA's gain, or None, and the letters, for the weight as ``adapter_at`` has it."""
+    whole, letters = _as_used(weight, contracted, batch)
+    return whole.gain, letters
+
+
+def _as_used(
+    weight: LoraWeight, contracted: Sequence[int], batch: Sequence[int]
+) -> tuple[LoraWeight, str]:
     if UNIT not in weight.letters:
-        return Adapter(weight.a, weight.b, weight.scale, weight.letters, weight.dropout)
+        return weight, weight.letters
     summed = next((s for s in (weight.letters[n] for n in contracted) if s in _SWAP), IN)
 
     def letter(axis: int) -> str:
@@ -190,8 +208,7 @@ def adapter_at(
         return STACKED if axis in batch else summed if axis in contracted else _SWAP[summed]
 
     letters = "".join(letter(axis) for axis in range(len(weight.origin)))
-    whole = with_letters(weight, letters)
-    return Adapter(whole.a, whole.b, weight.scale, letters, weight.dropout)
+    return with_letters(weight, letters), letters
 
 
 def with_letters(weight: LoraWeight, letters: str) -> LoraWeight:
@@ -201,15 +218,14 @@ def with_letters(weight: LoraWeight, letters: str) -> LoraWeight:
     """
     shape, r = weight.base.shape, weight.a.shape[-1]
     thin = tuple(1 if s == UNIT else n for n, s in zip(shape, weight.letters, strict=True))
-    return replace(
-        weight,
-        a=jnp.broadcast_to(
-            lax.reshape(weight.a, a_shape(thin, letters, r)), a_shape(shape, letters, r)
-        ),
-        b=jnp.broadcast_to(
-            lax.reshape(weight.b, b_shape(thin, letters, r)), b_shape(shape, letters, r)
-        ),
-    )
+
+    def repeated(factor: Any, shape_of: Callable[..., tuple[int, ...]], r: int) -> Any:
+        thinned = lax.reshape(factor, shape_of(thin, letters, r))
+        return jnp.broadcast_to(thinned, shape_of(shape, letters, r))
+
+    gain = None if weight.gain is None else repeated(weight.gain, b_shape, 1)
+    a, b = repeated(weight.a, a_shape, r), repeated(weight.b, b_shape, r)
+    return replace(weight, a=a, b=b, gain=gain)
 
 
 def change(weight: LoraWeight, a: Any, b: Any) -> Any:
@@ -219,8 +235,11 @@ def change(weight: LoraWeight, a: Any, b: Any) -> Any:
 
 
 def dense(weight: LoraWeight) -> Any:
-    """Return ``W + s·A·B`` in the shape of ``weight.base``."""
-    return lowrank.add(weight.base, change(weight, weight.a, weight.b))
+    """Return ``W + s·A·B`` in the shape of ``weight.base``, with DoRA's gain if it has one."""
+    change = lowrank.delta(adapter_at(weight))
+    wide = weight.base.astype(lowrank.wider(weight.base.dtype, change.dtype))
+    whole = lowrank.with_gain(lowrank.add(wide, change), *gain_at(weight))
+    return whole.astype(weight.base.dtype)
 
 
 def factor_axes(weight: LoraWeight, letter: str) -> dict[int, int]:
@@ -233,31 +252,39 @@ def mirror(weight: LoraWeight, act: Callable[[Any, Mapping[int, int]], Any]) -> 
     base = act(weight.base, {axis: axis for axis in range(weight.base.ndim)})
     if weight.planning:
         return replace(weight, base=base)
-    a = act(weight.a, factor_axes(weight, IN))
-    return replace(weight, base=base, a=a, b=act(weight.b, factor_axes(weight, OUT)))
+    at_out = factor_axes(weight, OUT)
+    gain = None if weight.gain is None else act(weight.gain, at_out)
+    a, b = act(weight.a, factor_axes(weight, IN)), act(weight.b, at_out)
+    return replace(weight, base=base, a=a, b=b, gain=gain)
 
 
-def split(weight: LoraWeight) -> tuple[Any, Any, Any]:
-    """Return base, A and B for a scan over the weight's leading axis.
+def split(weight: LoraWeight) -> tuple[Any, Any, Any, Any]:
+    """Return base, A, B and gain for a scan over the weight's leading axis.
 
     Raises:
         Unsupported: that axis is not stacked in the adapter.
     """
     if not weight.planning and weight.letters[0] != STACKED:
         raise Unsupported("the scan runs over an axis that its adapter does not stack")
-    return weight.base, weight.a, weight.b
+    return weight.base, weight.a, weight.b, weight.gain
 
 
-def step(weight: LoraWeight, base: Any, a: Any, b: Any) -> LoraWeight:
+def step(weight: LoraWeight, base: Any, a: Any, b: Any, gain: Any) -> LoraWeight:
     """Return what one step of a scan over the leading axis sees of the weight."""
     labels = weight.origin[0]
     return replace(
-        weight, base=base, a=a, b=b, origin=weight.origin[1:], looped=weight.looped | labels
+        weight,
+        base=base,
+        a=a,
+        b=b,
+        gain=gain,
+        origin=weight.origin[1:],
+        looped=weight.looped | labels,
     )
 
 
-def specs(weight: LoraWeight, spec: PartitionSpec) -> tuple[Any, Any, Any]:
-    """Return the ``PartitionSpec`` of base, A and B for that of base."""
+def specs(weight: LoraWeight, spec: PartitionSpec) -> tuple[Any, Any, Any, Any]:
+    """Return the ``PartitionSpec`` of base, A, B and gain for that of base."""
     names = dict(enumerate(spec))
 
     def of(letter: str, ndim: int) -> PartitionSpec:
@@ -266,5 +293,6 @@ def specs(weight: LoraWeight, spec: PartitionSpec) -> tuple[Any, Any, Any]:
         return PartitionSpec(*(by_place.get(n) for n in range(ndim)))
 
     if weight.planning:
-        return spec, None, None
-    return spec, of(IN, weight.a.ndim), of(OUT, weight.b.ndim)
+        return spec, None, None, None
+    of_b = of(OUT, weight.b.ndim)
+    return spec, of(IN, weight.a.ndim), of_b, None if weight.gain is None else of_b

@@ -1,0 +1,99 @@
+"""DoRA under the rewriter: the laws on every use of a weight, and what has no rule for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import Adapter, LoraConfig, lora, lowrank, merge, plan
+from lora_jax.errors import PlanError
+from parity_tests import laws, subjects, subjects_products, subjects_structure
+from parity_tests.laws import random_adapters, relative
+
+# Authors' derivatives and groups of rows have no rule for DoRA; a join along an in axis would
+# need a norm for each part of the sum.
+REFUSED = {
+    "custom_vjp": "author's derivative",
+    "custom_jvp": "author's derivative",
+    "ragged_dot": "groups of rows",
+    "ragged_dot_back": "groups of rows",
+    "joined_in": "joined along an axis that is summed over",
+}
+EVERY = [*subjects.ALL, *subjects_products.ALL, *subjects_structure.ALL]
+WITHOUT = [s for s in EVERY if s.materialized or "output_slices" in s.options]
+SUBJECTS = [
+    dataclasses.replace(subject, options={**subject.options, "use_dora": True})
+    for subject in EVERY
+    if subject not in WITHOUT
+]
+
+
+@pytest.mark.parametrize("law", [laws.merging, laws.gradient], ids=lambda law: law.__name__)
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name not in REFUSED], ids=str)
+def test_law(law, subject):
+    with laws.quick_compilation():
+        law(subject)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_use_without_a_rule_for_dora_is_refused(name):
+    subject = next(s for s in SUBJECTS if s.name == name)
+    adapters, fn, params, args = random_adapters(subject)
+    with pytest.raises(PlanError, match=REFUSED[name]):
+        lora(fn)(params, adapters, *args)
+
+
+def fn(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    for name, shape in {"up": (30, 41), "down": (41, 7)}.items()
+}
+X = jnp.asarray(RNG.normal(size=(8, 30)), jnp.float32)
+CONFIG = LoraConfig(r=3, target_modules=["up", "down"], use_dora=True)
+
+
+def test_fresh_adapters_change_nothing_and_start_at_the_norms():
+    found = plan(fn, PARAMS, CONFIG, X)
+    fresh = found.init(jax.random.key(0))
+    np.testing.assert_allclose(
+        fresh["up"].magnitude, np.linalg.norm(PARAMS["up"], axis=0), rtol=1e-6
+    )
+    assert relative(lora(fn)(PARAMS, fresh, X), fn(PARAMS, X)) <= 1e-6
+    assert "DoRA" in str(found)
+    assert found.trainable == sum(leaf.size for leaf in jax.tree.leaves(fresh))
+
+
+def test_no_sum_of_the_weights_size_is_formed():
+    """Beside the squares of W, which are summed where they are formed."""
+    adapters = plan(fn, PARAMS, CONFIG, X).init(jax.random.key(0))
+
+    def step(adapters, params, x):
+        return jax.grad(lambda a: laws.loss(lora(fn), params, a, x))(adapters)
+
+    sizes = laws.weight_sizes(PARAMS, adapters)
+    added = laws.computed(sizes, step, adapters, PARAMS, X)
+    assert all("multiply" in line or "fusion" in line for line in added), added
+    merged = jax.grad(lambda a: laws.loss(fn, merge(PARAMS, a), X))
+    assert len(laws.computed(sizes, merged, adapters)) > len(added)
+
+
+def test_the_norm_gets_no_gradient_and_bf16_rounds_once():
+    w = jnp.asarray(RNG.normal(size=(64, 16)), jnp.bfloat16)
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.normal(size=s) / 8, jnp.float32) for s in ((64, 2), (2, 16)))
+    adapter = Adapter(a, b, 2.0, magnitude=jnp.full(16, 3.0))
+    whole = np.asarray(w, np.float64) + 2 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    wanted = 3 * whole / np.linalg.norm(whole, axis=0)
+    got = lowrank.merged(w, adapter)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=2**-8)
+    slope = jax.grad(lambda m: jnp.sum(lowrank.gain(w, dataclasses.replace(adapter, b=b * m))))(1.0)
+    assert float(slope) == 0.0
