@@ -159,9 +159,9 @@ def in_chosen_layer(config: LoraConfig, module: str) -> bool:
         return True
     lists = config.layers_pattern or r"[^.]*"
     for pattern in (lists,) if isinstance(lists, str) else lists:
-        # The first number counts: an expert's comes later.
-        start = r".*?\." if not config.layers_pattern else r"(?:^|.*?\.)"
-        if found := re.match(rf"{start}{pattern}\.(\d+)\.", module):
+        # The first number counts: an expert's comes later. PEFT overlooks it in a list at the
+        # top of the model, which trees of parameters may have.
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
             return int(found[1]) in ((wanted,) if isinstance(wanted, int) else wanted)
     return False
 

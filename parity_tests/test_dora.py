@@ -32,8 +32,32 @@ SUBJECTS = [
 ]
 
 
+# One of each rule; the others are slow.
+QUICK = (
+    "torch_layout",
+    "heads_in_swapped",
+    "experts_weight_first",
+    "tied",
+    "scan_of_transposed",
+    "conv_2d_strided",
+    "conv_input_gradient",
+    "embedding_tied_to_the_head",
+    "joined_out",
+    "split",
+    "stop_gradient",
+    "repeated",
+)
+
+
 @pytest.mark.parametrize("law", [laws.merging, laws.gradient], ids=lambda law: law.__name__)
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name not in REFUSED], ids=str)
+@pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param(s, id=s.name, marks=[pytest.mark.slow] * (s.name not in QUICK))
+        for s in SUBJECTS
+        if s.name not in REFUSED
+    ],
+)
 def test_law(law, subject):
     with laws.quick_compilation():
         law(subject)
@@ -69,6 +93,29 @@ def test_fresh_adapters_change_nothing_and_start_at_the_norms():
     assert relative(lora(fn)(PARAMS, fresh, X), fn(PARAMS, X)) <= 1e-6
     assert "DoRA" in str(found)
     assert found.trainable == sum(leaf.size for leaf in jax.tree.leaves(fresh))
+
+
+@pytest.mark.parametrize("weight_first", [False, True])
+def test_dropout_takes_inputs_from_what_dora_adds_and_none_from_the_base(weight_first):
+    rng = np.random.default_rng(5)
+    w, a, b, m, x = (rng.normal(size=s) for s in ((6, 4), (6, 2), (2, 4), (4,), (9, 6)))
+    rate, scale = 0.25, 1.5
+    with jax.enable_x64(True):
+
+        def one(params, x):
+            return (params["w"].T @ x.T).T if weight_first else x @ params["w"]
+
+        adapter = Adapter(*map(jnp.asarray, (a, b)), scale, dropout=rate, magnitude=jnp.asarray(m))
+        options = dict(dropout_key=jax.random.key(0))
+        got = lora(one)({"w": jnp.asarray(w)}, {"w": adapter}, jnp.asarray(x), **options)
+        # What is kept shows in a plain pair: with W = 0 and A and B the identity.
+        eye = Adapter(jnp.eye(6), jnp.eye(6), 1 - rate, dropout=rate)
+        kept = lora(one)({"w": jnp.zeros((6, 6))}, {"w": eye}, jnp.ones((9, 6)), **options)
+    dropped = x * np.asarray(kept) / (1 - rate)
+    assert 0 < np.mean(np.asarray(kept)) < 1
+    gain = m / np.linalg.norm(w + scale * a @ b, axis=0)
+    wanted = x @ w + (gain - 1) * (dropped @ w) + gain * scale * (dropped @ a @ b)
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
 def test_no_sum_of_the_weights_size_is_formed():

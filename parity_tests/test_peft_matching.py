@@ -41,6 +41,22 @@ def test_target_modules_match_as_in_peft(module, names):
     assert configs.matches(config.target_modules and names, module) == wanted
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["model", "decoder", "encoder.stack"]),
+    st.lists(
+        st.tuples(st.sampled_from(["layers", "blocks", "experts"]), st.integers(0, 3)), min_size=1
+    ),
+    st.one_of(st.integers(0, 3), st.lists(st.integers(0, 3))),
+    st.sampled_from([None, "layers", "blocks", ["blocks", "layers"], []]),
+)
+def test_layers_are_chosen_as_in_peft(top, lists, layers, pattern):
+    module = ".".join([top, *(f"{name}.{n}" for name, n in lists), "query"])
+    chosen = dict(target_modules=["query"], layers_to_transform=layers, layers_pattern=pattern)
+    wanted = bool(LoraModel._check_target_module_exists(PeftConfig(**chosen), module))
+    assert configs.in_chosen_layer(LoraConfig(**chosen), module) == wanted
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(MODULES),

@@ -34,32 +34,42 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     y = call.plain(base_of(lhs), base_of(rhs))
     if weight.planning:
         return y
-    adapter = adapter_at(weight, contract[1], batch[1])
     options = (contract, batch, weight_first, call.params["precision"])
-    if weight.gain is None:
-        x, adapter = call.dropped(x, weight, adapter)
-        return lowrank.add_dot(y, x, adapter, *options)
+    if weight.gain is not None:
+        return _dora_dot(call, y, x, weight, *options)
+    x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
+    return lowrank.add_dot(y, x, adapter, *options)
+
+
+def _dora_dot(
+    call: Call, y: Any, x: Any, weight: LoraWeight, contract: Any, batch: Any, *options: Any
+) -> Any:
+    """Return ``g·(x·W + s·(x·A)·B)``; where the out axes are summed over, g is a factor of x."""
+    weight_first, _ = options
 
     def plain(x: Any) -> Any:
         return call.plain(weight.base, x) if weight_first else call.plain(x, weight.base)
 
+    def whole(y: Any, x: Any, adapter: Any) -> Any:
+        return lowrank.add_dot(y, x, adapter, contract, batch, *options)
+
+    adapter = adapter_at(weight, contract[1], batch[1])
     gain, letters = gain_at(weight, contract[1], batch[1])
     if letters[contract[1][0]] == OUT:
-        place = dict(zip([*contract[1], *batch[1]], [*contract[0], *batch[0]], strict=True))
         call.refuse_dropout(weight)
+        place = dict(zip([*contract[1], *batch[1]], [*contract[0], *batch[0]], strict=True))
         x = lowrank.gained(x, gain, letters, place)
-        return lowrank.add_dot(plain(x), x, adapter, *options)
+        return whole(plain(x), x, adapter)
     free = [n for n in range(weight.base.ndim) if n not in {*contract[1], *batch[1]}]
     first = len(batch[1]) if weight_first else y.ndim - len(free)
     place = {axis: n for n, axis in enumerate(batch[1])}
     place |= {axis: first + n for n, axis in enumerate(free)}
     kept, adapter = call.dropped(x, weight, adapter)
     if kept is x:
-        return lowrank.gained(lowrank.add_dot(y, x, adapter, *options), gain, letters, place)
-    # PEFT: the base's own output stays, what DoRA adds to it is of the inputs that are kept.
+        return lowrank.gained(whole(y, x, adapter), gain, letters, place)
+    # As in PEFT the base's own output stays; what DoRA adds to it is of the inputs kept.
     rest = plain(kept / (1 - weight.dropout))
-    added = lowrank.gained(lowrank.add_dot(rest, kept, adapter, *options), gain, letters, place)
-    return y + added - rest
+    return y + lowrank.gained(whole(rest, kept, adapter), gain, letters, place) - rest
 
 
 @rule("conv_general_dilated")
