@@ -147,7 +147,7 @@ def _sorted(
     """Return both halves by module, what is trained in full by name, and what is wrong."""
     halves: dict[str, dict[str, Any]] = {}
     full, problems = {}, []
-    for key in sorted(tensors):
+    for key in sorted(key for key in tensors if not _said_twice(key, tensors)):
         problems += _tensor_problems(key, tensors[key])
         name = key.removeprefix(PREFIX)
         if name == key:
@@ -172,6 +172,15 @@ def _sorted(
             problems.append(f"{PREFIX}{name}: {why}")
         named[f"{module}.{leaf}"] = value
     return halves, named, problems
+
+
+def _said_twice(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Tell what PEFT's ``bias="all"`` adds for a saved module: its bias again, and the base's."""
+    again = key.replace(".modules_to_save.", ".")
+    if again != key and again in tensors:
+        return np.array_equal(tensors[key], tensors[again])
+    plain = key.replace(".original_module.", ".")
+    return plain != key and plain in tensors
 
 
 _SUFFIXES = [
