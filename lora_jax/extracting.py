@@ -60,7 +60,8 @@ def extract(
         order = [n for letter in (STACKED, IN, OUT) for n, a in enumerate(axes) if a == letter]
         stacked, fan_in, out = (int(np.prod(pick(shape, axes, one))) for one in (STACKED, IN, OUT))
         matrices = change.transpose(order).reshape(stacked, fan_in, out)
-        (a, b), error = truncated(*jnp.linalg.svd(matrices, full_matrices=False), row.r)
+        u, sigma, vt = jnp.linalg.svd(matrices, full_matrices=False)
+        (a, b), error = truncated(u, sigma, vt, row.r)
         a, b = a.reshape(a_shape(shape, axes, row.r)), b.reshape(b_shape(shape, axes, row.r))
         adapters[row.name], errors[row.name] = row.adapter(a / row.scale, b), error
     covered = {row.path for row in rows}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import Adapter, Full, rank
+from ..adapter import Adapter, Adapters, Full, rank
 from ..algebra import subtract
 from ..compressing import delta_norm
 from ..errors import AdapterError, raise_all
@@ -38,13 +38,13 @@ def diff_files(options: DiffOptions) -> str:
         AdapterError: one cannot be read, or a module that both have differs in shape.
     """
     (file, adapters), (other_file, others) = map(open_adapter, (options.one, options.other))
-    pairs = [_pairs(tree) for tree in (adapters, others)]
-    raise_all(AdapterError, "these adapters are not of one model", misfits(pairs))
-    both = list(zip(pairs, (adapters, others), strict=True))
+    adapters, others = _widened(adapters), _widened(others)
+    problems = misfits([pairs_of(adapters), pairs_of(others)])
+    raise_all(AdapterError, "these adapters are not of one model", problems)
     rows = []
     for name in dict.fromkeys([*adapters, *others]):
         if name in adapters and name in others:
-            rows.append(_row(name, *(tree.get(name, full[name]) for tree, full in both)))
+            rows.append(_row(name, adapters[name], others[name]))
         else:
             where = options.one if name in adapters else options.other
             rows.append((name, "", "", f"only in {where}"))
@@ -87,9 +87,9 @@ def _said(value: float) -> str:
     return f"{value:.3g}" if value else "equal"
 
 
-def _pairs(adapters: Any) -> dict[str, Adapter]:
+def _widened(adapters: Adapters) -> dict[str, Adapter | Full]:
     # Dtypes may differ: the difference is formed in float32.
-    return {
+    return dict(adapters) | {
         name: dataclasses.replace(one, a=one.a.astype("float32"), b=one.b.astype("float32"))
         for name, one in pairs_of(adapters).items()
     }
