@@ -35,8 +35,8 @@ def scale_by(adapters: Adapters, factor: float) -> dict[str, Adapter]:
 def add(one: Adapters, other: Adapters) -> dict[str, Adapter]:
     """Return adapters with ``ΔW = ΔW₁ + ΔW₂``, exact: the ranks are concatenated.
 
-    ``s₁A₁B₁ + s₂A₂B₂ = s₁·[A₁ (s₂/s₁)A₂]·[B₁; B₂]``. A path that only one of them adapts keeps
-    its adapter. ``resize`` brings the rank down again.
+    ``s₁A₁B₁ + s₂A₂B₂ = s·[(s₁/s)A₁ (s₂/s)A₂]·[B₁; B₂]``, with the larger scale for s. A path
+    that only one of them adapts keeps its adapter. ``resize`` brings the rank down again.
 
     Args:
         one: adapters of a model.
@@ -110,10 +110,11 @@ def rename(
 
 
 def _sum(one: Adapter, other: Adapter) -> Adapter:
-    s, t = scale_of(one), scale_of(other)
-    if s == 0:
-        s = 1.0
-        one = replace(one, a=one.a * 0)
-    (a, b), pair = factors(other), factors(one)
-    # A factor of ±1 or a power of two rounds nothing.
-    return with_factors(one, concatenated([pair, (a * (t / s), b)]), s)
+    scales = scale_of(one), scale_of(other)
+    # The larger one, so that no ratio overflows. ±1 or a power of two rounds nothing.
+    scale = max(scales, key=abs)
+    pairs = [
+        (a * (own / scale if scale else 1.0), b)
+        for own, (a, b) in zip(scales, map(factors, (one, other)), strict=True)
+    ]
+    return with_factors(one, concatenated(pairs), scale)

@@ -132,7 +132,7 @@ def combine(
         if name == CAT:
             pair = concatenated(mixer.weighted(pairs))
         elif mixer.kind.on_delta:
-            pair = _clamped(mixer.by_svd(pairs, r), svd_clamp)
+            pair = clamped(mixer.by_svd(pairs, r), svd_clamp)
         else:
             pair = mixer.by_factors(pairs)
         combined[path] = with_factors(pairs[0], pair, 1.0)
@@ -240,7 +240,8 @@ class _Mixer:
         return kept.reshape(x.shape)
 
 
-def _clamped(pair: Factors, quantile: float | None) -> Factors:
+def clamped(pair: Factors, quantile: float | None) -> Factors:
+    """Return A and B within plus and minus this quantile of all their values, if there is one."""
     if quantile is None:
         return pair
     a, b = pair

@@ -87,8 +87,8 @@ def _problems(old: Mapping[str, Any], new: Mapping[str, Any], rows: list[LeafPla
     found = [f"{path}: only in the base" for path in old if path not in new]
     found += [f"{path}: only in the tuned" for path in new if path not in old]
     for path in old.keys() & new.keys():
-        for what in ("shape", "dtype"):
-            got, wanted = getattr(new[path], what), getattr(old[path], what)
+        for what, of in (("shape", np.shape), ("dtype", jnp.result_type)):
+            got, wanted = of(new[path]), of(old[path])
             if got != wanted:
                 found.append(f"{path}: {what} got {got}, wanted the base's {wanted}")
     for row in rows:

@@ -234,6 +234,19 @@ def test_the_writer_refuses_what_the_file_cannot_say(tmp_path):
         write_adapter(tmp_path / "out", file, {"q": good, "v": good})
 
 
+def test_a_kernel_is_not_written_as_an_embedding(tmp_path):
+    kernel = Adapter(jnp.ones((3, 4)), jnp.ones((4, 2)), 0.5, "io")
+    file = AdapterFile(LoraConfig(r=4, lora_alpha=2, target_modules=["0.q"]))
+    with pytest.raises(AdapterError, match="0.q: got axes 'io', those of an embedding"):
+        write_adapter(tmp_path / "out", file, {"0.q": kernel})
+    write_adapter(tmp_path / "out", file, {"0.q": kernel}, embeddings=["0.q"])
+    assert "base_model.model.0.q.lora_embedding_A" in load_file(tmp_path / "out" / WEIGHTS)
+    named = AdapterFile(LoraConfig(r=4, lora_alpha=2, target_modules="all-linear"))
+    names = ("a.embed_tokens", "bert.embeddings.word_embeddings", "transformer.wte", "shared")
+    write_adapter(tmp_path / "named", named, dict.fromkeys(names, kernel))
+    assert open_adapter(tmp_path / "named")[1].keys() == set(names)
+
+
 def test_a_changed_adapter_is_written_with_a_configuration_of_its_own(tmp_path):
     """Combine and resize without a model; PEFT then computes what was meant."""
     models = [saved(tmp_path / str(n), seed=n, rank_pattern={"up": 3}) for n in range(2)]

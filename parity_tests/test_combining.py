@@ -15,6 +15,7 @@ from lora_jax import Adapter, Full
 from lora_jax.combining import (
     CAT,
     COMBINATIONS,
+    clamped,
     combination_error,
     combine,
     keep_mask,
@@ -176,17 +177,22 @@ def test_a_and_b_of_the_svd_are_pefts_up_to_signs():
 
 
 def test_the_svd_is_clamped_as_pefts():
-    weights = WEIGHTS["positive"]
+    weights, options = WEIGHTS["positive"], {"svd_rank": 2}
+    plain = theirs(build(same_rank=False)[0], weights, "svd", **options)
     model, trees = build(same_rank=False)
-    ours = combine(trees, weights, "svd", svd_rank=2, svd_clamp=0.8)
-    for name, (a, b) in theirs(model, weights, "svd", svd_rank=2, svd_clamp=0.8).items():
-        # The quantile is of values with a sign, so it depends on the signs that an SVD chose.
-        plain = combine(trees, weights, "svd", svd_rank=2)[name]
-        both = np.concatenate([np.ravel(plain.a), np.ravel(plain.b)])
-        high = np.quantile(both, 0.8)
-        np.testing.assert_allclose(ours[name].a, np.clip(plain.a, -high, high), atol=1e-5)
-        np.testing.assert_allclose(ours[name].b, np.clip(plain.b, -high, high), atol=1e-5)
-        assert np.abs(np.concatenate([a.ravel(), b.ravel()])).max() > 0
+    ours = combine(trees, weights, "svd", svd_clamp=0.8, **options)
+    unclamped = combine(trees, weights, "svd", **options)
+    for name, halves_of in theirs(model, weights, "svd", svd_clamp=0.8, **options).items():
+        # The quantile is one of signed values, so it depends on the signs that an SVD chose.
+        pair = tuple(jnp.asarray(half)[None] for half in plain[name])
+        for half, wanted in zip(clamped(pair, 0.8), halves_of, strict=True):
+            np.testing.assert_allclose(half[0], wanted, rtol=1e-6)
+        # A of an SVD is small; it is B that is cut.
+        assert (np.abs(halves_of[1]) == np.abs(halves_of[1]).max()).sum() > 1
+        own = unclamped[name]
+        a, b = clamped((own.a[None], own.b[None]), 0.8)
+        np.testing.assert_array_equal(ours[name].a, a[0])
+        np.testing.assert_array_equal(ours[name].b, b[0])
 
 
 @pytest.mark.parametrize("method", ["total", "frequency"])

@@ -9,6 +9,7 @@ import jax
 
 from ..combining import combination_error, combine
 from ..peft import fitted, open_adapter, write_adapter
+from ..peft.bare import LOOKED_UP
 from .tables import table
 
 
@@ -62,7 +63,11 @@ def combine_files(options: CombineOptions) -> str:
     )
     errors = combination_error(trees, weights, combined)
     write_adapter(
-        options.out, fitted(opened[0][0], combined), combined, overwrite=options.overwrite
+        options.out,
+        fitted(opened[0][0], combined),
+        combined,
+        embeddings=[name for name, one in combined.items() if one.axes == LOOKED_UP],
+        overwrite=options.overwrite,
     )
     rows = [(name, str(one.a.shape[-1]), f"{errors[name]:.3g}") for name, one in combined.items()]
     bases = {file.base_model for file, _ in opened}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,8 @@ _KEYS = {
     LOOKED_UP: (".lora_embedding_A", ".lora_embedding_B"),
 }
 _WRAPPED = ".base_layer"
+# What embeddings are called in transformers; only to tell them from kernels.
+_EMBEDDING = re.compile(r"emb[^.]*$|(^|\.)(wte|wpe|shared)$")
 
 
 def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter | Full]]:
@@ -76,7 +79,12 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter 
 
 
 def write_adapter(
-    directory: str | Path, file: AdapterFile, adapters: Adapters, *, overwrite: bool = False
+    directory: str | Path,
+    file: AdapterFile,
+    adapters: Adapters,
+    *,
+    embeddings: Collection[str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write what ``open_adapter`` returns; equal inputs give equal bytes.
 
@@ -84,8 +92,10 @@ def write_adapter(
         directory: where; created, must be empty unless ``overwrite``.
         file: the configuration. Its ranks and scales must be those of the adapters:
             ``fitted(file, adapters)`` makes them so.
-        adapters: by PyTorch module name, with axes ``"oi"`` or ``"io"``; leaves trained in
-            full by parameter name.
+        adapters: by PyTorch module name, with axes ``"oi"``, or ``"io"`` for embeddings;
+            leaves trained in full by parameter name.
+        embeddings: the modules whose rows are looked up. If not given, those with axes ``"io"``,
+            which need a name that embeddings have: a kernel is ``"io"``, too, in JAX.
         overwrite: replace the files of an earlier adapter; nothing else is touched.
 
     Raises:
@@ -94,6 +104,14 @@ def write_adapter(
     """
     pairs = {name: one for name, one in adapters.items() if isinstance(one, Adapter)}
     problems = [p for module, one in pairs.items() for p in _unwritable(module, one, file.config)]
+    if embeddings is None:
+        embeddings = [name for name in pairs if _EMBEDDING.search(name)]
+    problems += [
+        f"{name}: got axes 'io', those of an embedding; name it in embeddings=…, or give it the "
+        "axes 'oi' of a linear layer's weight in PyTorch"
+        for name, one in pairs.items()
+        if one.axes == LOOKED_UP and name not in embeddings
+    ]
     problems += _target_problems(file.config, pairs)
     raise_all(AdapterError, "these adapters do not fit their configuration", sorted(problems))
     tensors = {}
@@ -125,6 +143,8 @@ def fitted(file: AdapterFile, adapters: Adapters) -> AdapterFile:
     (4, 2.0, ('0.v', '1.v'))
     """
     pairs = {name: one for name, one in adapters.items() if isinstance(one, Adapter)}
+    if not pairs:
+        return file
     ranks = {name: rank(one) for name, one in pairs.items()}
     alphas = {name: float(np.asarray(one.scale)) * ranks[name] for name, one in pairs.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -242,7 +262,6 @@ def _unwritable(module: str, adapter: Adapter, config: LoraConfig) -> list[str]:
     found = []
     if adapter.axes not in _KEYS or adapter.columns is not None or adapter.a.ndim != 2:
         found.append(f"{module}: got axes {adapter.axes!r}, wanted 'oi' or 'io', and all columns")
-    # A kernel's path would be taken for an embedding's module.
     if paths.module_of(module) != module:
         found.append(f"{module}: a parameter's path, wanted the module's name; see `rename`")
     r, alpha = configs.rank_and_alpha(config, module)
