@@ -19,7 +19,8 @@ class CombineOptions:
 
     Args:
         out: where the new adapter goes; a new or empty directory.
-        adapters: two or more adapter directories.
+        adapters: two or more adapter directories. Modules trained in full, as a classifier is,
+            have no weighted sum: adapters that hold any are refused, as in PEFT.
         weights: one for each adapter; negative ones subtract. If not given, equal shares.
         type: cat (exact; ranks add up), svd, linear, ties, ties_svd, dare_linear, dare_ties,
             dare_linear_svd, dare_ties_svd, magnitude_prune or magnitude_prune_svd.
