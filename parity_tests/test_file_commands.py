@@ -179,6 +179,28 @@ def test_a_base_model_without_its_prefix_is_found(tmp_path, capsys):
     assert_merged(weights(tmp_path / "model"), weights(tmp_path / "out"), changes)
 
 
+def test_a_head_trained_in_full_replaces_the_stored_one_and_needs_one(tmp_path, capsys):
+    torch.manual_seed(0)
+    transformers.BertModel(tiny_config()).save_pretrained(tmp_path / "bare")
+    whole = transformers.BertForSequenceClassification(tiny_config())
+    whole.save_pretrained(tmp_path / "whole")
+    fields = dict(target_modules=["query"], modules_to_save=["classifier"])
+    model = adapter_of(whole, tmp_path / "adapter", **fields)
+    with torch.no_grad():
+        for value in model.base_model.model.classifier.modules_to_save["default"].parameters():
+            value += 1
+    model.save_pretrained(tmp_path / "adapter")
+    code, _, err = run(capsys, "merge", tmp_path / "bare", tmp_path / "adapter", tmp_path / "out")
+    assert code == 2 and err.count("not in the model") == 2 and "query" not in err
+    code, out, _ = run(capsys, "merge", tmp_path / "whole", tmp_path / "adapter", tmp_path / "out")
+    assert code == 0 and "classifier.weight: replaced in full" in out
+    load = transformers.BertForSequenceClassification.from_pretrained
+    with torch.no_grad():
+        got, wanted = load(tmp_path / "out").eval()(IDS).logits, model(IDS).logits
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert (load(tmp_path / "whole").eval()(IDS).logits - wanted).abs().max() > 0.1
+
+
 def test_an_embedding_that_the_head_shares_is_not_merged(tmp_path, capsys):
     torch.manual_seed(0)
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")

@@ -120,17 +120,15 @@ def _misfit(key: str, one: Adapter | Full, checkpoint: Checkpoint) -> list[str]:
 
 
 def _names(adapters: Changes, stored: Mapping[str, Any]) -> dict[str, str]:
-    """Return the stored tensor's name of every adapter, in the first way that finds them all."""
+    """Return the stored tensor's name of every adapter, in the way that finds most of them."""
     plain = {n: f"{n}.weight" if isinstance(one, Adapter) else n for n, one in adapters.items()}
     ways: list[Callable[[str], str]] = [str]
-    if len({key.partition(".")[0] for key in plain.values()}) == 1:
-        ways.append(lambda key: key.partition(".")[2])
+    for first in sorted({key.partition(".")[0] for key in plain.values()}):
+        ways.append(lambda key, first=first: key.removeprefix(f"{first}."))
     for first in sorted({key.partition(".")[0] for key in stored}):
         ways.append(lambda key, first=first: f"{first}.{key}")
-    for way in ways:
-        if all(way(key) in stored for key in plain.values()):
-            return {name: way(key) for name, key in plain.items()}
-    return plain
+    best = max(ways, key=lambda way: sum(way(key) in stored for key in plain.values()))
+    return {name: best(key) for name, key in plain.items()}
 
 
 def _says_transposed(adapter: Path) -> bool:
