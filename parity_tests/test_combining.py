@@ -324,3 +324,17 @@ def test_a_comparison_with_zero_would_be_vacuous():
     with pytest.raises(Vacuous):
         assert_within_rule(*[np.zeros((2, 2))] * 3, 1.0, U)
     assert combination_error([zero, zero], [1.0, 1.0], zero)["linear"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "ties", "svd", "ties_svd"])
+def test_bfloat16_is_combined_in_float32_and_rounded_once(kind):
+    _, trees = build(same_rank=True)
+    small = [jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree) for tree in trees]
+    wide = [jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree) for tree in small]
+    options = {"density": DENSITY} if "ties" in kind else {}
+    with jax.numpy_dtype_promotion("strict"):
+        got, wanted = (combine(t, WEIGHTS["negative"], kind, **options) for t in (small, wide))
+    for name, one in wanted.items():
+        assert got[name].a.dtype == got[name].b.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got[name].a, one.a.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(got[name].b, one.b.astype(jnp.bfloat16))
