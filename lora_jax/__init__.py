@@ -1,11 +1,15 @@
 """LoRA for any JAX function, in PEFT's terms and files."""
 
 from .adapter import Adapter, Adapters, Full
+from .algebra import add, rename, scale_by, subtract
+from .combining import combination_error, combine
+from .compressing import resize
 from .config import LoraConfig
 from .errors import LoraError
+from .extracting import extract
 from .many import Stacked, per_example, rescale, select, stack, unstack
-from .merging import merge
-from .peft import load_config, load_pretrained, save_pretrained
+from .merging import merge, merge_report
+from .peft import load_config, load_pretrained, open_adapter, save_pretrained, write_adapter
 from .rewrite import Frugality, Plan, frugality, lora, plan
 
 __version__ = "0.1.0"
@@ -19,16 +23,27 @@ __all__ = [
     "LoraError",
     "Plan",
     "Stacked",
+    "add",
+    "combination_error",
+    "combine",
+    "extract",
     "frugality",
     "load_config",
     "load_pretrained",
     "lora",
     "merge",
+    "merge_report",
+    "open_adapter",
     "per_example",
     "plan",
+    "rename",
     "rescale",
+    "resize",
     "save_pretrained",
+    "scale_by",
     "select",
     "stack",
+    "subtract",
     "unstack",
+    "write_adapter",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, commands
 from .config import ALL_LINEAR, LoraConfig
 from .errors import LoraError
 from .models import plan_model
@@ -64,15 +64,15 @@ class MergeOptions:
     """Write base model and adapter as one model that plain transformers loads.
 
     Args:
-        directory: the output directory of `lora-jax finetune`.
-        out: where the model goes; a new or empty directory.
+        paths: DIRECTORY OUT, with the output directory of `lora-jax finetune`; or MODEL ADAPTER
+            OUT, with a directory of safetensors files and any adapter of PEFT's for it. OUT is a
+            new or empty directory.
         overwrite: replace files of the same name; others stay.
-        model: the base model, if it is no longer where the adapter says.
+        model: of `finetune`'s output: the base model, if it is no longer where the adapter says.
         cache: where downloads are kept; if not given, LORA_JAX_CACHE or the user's cache.
     """
 
-    directory: Path
-    out: Path
+    paths: tuple[Path, ...]
     overwrite: bool = False
     model: str | None = None
     cache: Path | None = None
@@ -140,6 +140,9 @@ def _parse(argv: list[str]) -> Any:
             "predict": PredictOptions,
             "merge": MergeOptions,
             "plan": PlanOptions,
+            "inspect": commands.InspectOptions,
+            "combine": commands.CombineOptions,
+            "diff": commands.DiffOptions,
         },
         prog="lora-jax",
         description=DESCRIPTION,
@@ -199,9 +202,15 @@ def _predict(options: PredictOptions) -> int:
 
 
 def _merge(options: MergeOptions) -> int:
+    if len(options.paths) == 3:
+        print(commands.merge_files(*options.paths, overwrite=options.overwrite))
+        return 0
+    if len(options.paths) != 2:
+        return _fail("merge takes DIRECTORY OUT, or MODEL ADAPTER OUT", BAD_INPUT)
+    directory, out = options.paths
     out = merge_to(
-        options.directory,
-        options.out,
+        directory,
+        out,
         overwrite=options.overwrite,
         model=options.model,
         cache=options.cache,
@@ -226,11 +235,23 @@ def _plan(options: PlanOptions) -> int:
     return 0
 
 
+def _printed(text_of: Callable[[Any], str]) -> Callable[[Any], int]:
+    def run(options: Any) -> int:
+        print(text_of(options))
+        sys.stdout.flush()
+        return 0
+
+    return run
+
+
 _COMMANDS: dict[type, Callable[[Any], int]] = {
     FinetuneOptions: _finetune,
     PredictOptions: _predict,
     MergeOptions: _merge,
     PlanOptions: _plan,
+    commands.InspectOptions: _printed(commands.inspect_files),
+    commands.CombineOptions: _printed(commands.combine_files),
+    commands.DiffOptions: _printed(commands.diff_files),
 }
 
 

@@ -23,6 +23,7 @@ FORBIDDEN = {
     "lora_jax.torch": ("flax", "transformers", "peft"),
     "lora_jax.models": ("torch", "transformers"),
     "lora_jax.train.step": ("torch", "transformers", "flax.linen", "matplotlib"),
+    "lora_jax.commands": ("flax", "torch", "peft", "rich", "tyro"),
     "lora_jax.cli": ("torch", "transformers"),
     "lora_torch_ref": ("jax", "flax", "peft", "transformers"),
 }
@@ -32,12 +33,13 @@ FLOORS = [
     {"errors", "paths"},
     {"files", "adapter", "config", "inlining", "packing"},
     {"lowrank", "initializers"},
-    {"merging", "layers", "contractions", "many"},
+    {"factors"},
+    {"merging", "layers", "contractions", "many", "algebra", "combining", "compressing"},
     {"rewrite"},
-    {"linen", "nnx", "peft", "torch", "torch_compat"},
+    {"linen", "nnx", "peft", "torch", "torch_compat", "extracting"},
     {"assets"},
     {"models"},
-    {"train"},
+    {"train", "commands"},
     {"cli"},
 ]
 

@@ -1,5 +1,6 @@
 """PEFT's adapter files: pure encoding and decoding, and the directory on disk."""
 
+from .bare import fitted, open_adapter, write_adapter
 from .config_json import AdapterFile
 from .files import load_adapter_file, load_config, load_pretrained, save_pretrained
 from .tensors import decode, encode
@@ -8,8 +9,11 @@ __all__ = [
     "AdapterFile",
     "decode",
     "encode",
+    "fitted",
     "load_adapter_file",
     "load_config",
     "load_pretrained",
+    "open_adapter",
     "save_pretrained",
+    "write_adapter",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,21 @@ def save_pretrained(
     tensors.raise_misfits(plan, adapters)
     plan, adapters = without_ranges(plan, adapters)
     contents = tensors.encode(plan, adapters, names)
+    file = AdapterFile(plan.config, base_model, task_type)
+    return write_directory(directory, file, contents, overwrite=overwrite)
+
+
+def write_directory(
+    directory: str | Path,
+    file: AdapterFile,
+    contents: Mapping[str, np.ndarray],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write configuration and tensors, both whole or not at all; see ``save_pretrained``."""
     files = {
-        WEIGHTS_NAME: safetensors.numpy.save(contents, metadata={"format": "pt"}),
-        CONFIG_NAME: config_json.encode(AdapterFile(plan.config, base_model, task_type)),
+        WEIGHTS_NAME: safetensors.numpy.save(dict(contents), metadata={"format": "pt"}),
+        CONFIG_NAME: config_json.encode(file),
     }
     directory = output_directory(directory, overwrite=overwrite)
     write_atomic({directory / name: content for name, content in files.items()})
@@ -92,7 +105,7 @@ def load_pretrained(
         if getattr(config, name) != getattr(plan.config, name)
     ]
     raise_all(AdapterError, "the plan was made from another configuration", differing)
-    return tensors.decode(plan, _read_weights(Path(directory)), names)
+    return tensors.decode(plan, read_weights(Path(directory)), names)
 
 
 def load_config(directory: str | Path) -> LoraConfig:
@@ -121,7 +134,12 @@ def load_adapter_file(directory: str | Path) -> AdapterFile:
     return config_json.decode(content, str(path))
 
 
-def _read_weights(directory: Path) -> dict[str, np.ndarray]:
+def read_weights(directory: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of ``adapter_model.safetensors`` by their names in the file.
+
+    Raises:
+        AdapterError: the file is missing, broken, or a pickle.
+    """
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         pickled = (directory / "adapter_model.bin").exists()

@@ -1,0 +1,149 @@
+"""A model directory of safetensors files, one or in shards, and a directory written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from ..errors import AssetError, OutputError, raise_all
+from ..files import output_directory
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# The same weights in other formats, which a change to the safetensors files does not reach.
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
+OTHER_WEIGHTS += (".safetensors", ".bin.index.json", ".safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model directory, by their headers.
+
+    Args:
+        directory: where it is.
+        files: the names of the tensors by file.
+        shapes: by tensor.
+        dtypes: by tensor, as safetensors names them: ``"BF16"``.
+    """
+
+    directory: Path
+    files: Mapping[str, tuple[str, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Return what the safetensors files of a model directory hold; no tensor is read.
+
+    Raises:
+        AssetError: there are none, one is broken, or they and the index disagree.
+    """
+    where = _index(directory / INDEX)
+    names = [WEIGHTS] if where is None else sorted(set(where.values()))
+    files, shapes, dtypes, problems = {}, {}, {}, []
+    for name in names:
+        with _opened(directory / name) as file:
+            files[name] = tuple(file.keys())
+            for key in files[name]:
+                part = file.get_slice(key)
+                if where is not None and where.get(key) != name:
+                    problems.append(f"{key}: in {name}, the index says {where.get(key)}")
+                shapes[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+    problems += [f"{key}: in the index, in no shard" for key in (where or {}) if key not in shapes]
+    raise_all(AssetError, f"{directory} is not a whole model", problems)
+    return Checkpoint(directory, files, shapes, dtypes)
+
+
+def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+    """Return the tensors of one file and its metadata."""
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata()
+
+
+def copy_others(checkpoint: Checkpoint, to: Path) -> list[str]:
+    """Copy all files but the weights; return the names of the weights in other formats."""
+    left_out = []
+    for path in sorted(checkpoint.directory.rglob("*")):
+        name = path.relative_to(checkpoint.directory)
+        if str(name) in checkpoint.files or path.is_dir():
+            continue
+        if path.name.endswith(OTHER_WEIGHTS) and str(name) != INDEX:
+            left_out.append(str(name))
+            continue
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, to / name)
+    return left_out
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a directory beside ``out`` to write into; its files go to ``out`` when all are there.
+
+    Raises:
+        OutputError: ``out`` holds something and ``overwrite`` is false, or cannot be written.
+    """
+    existed = out.exists()
+    output_directory(out, overwrite=overwrite)
+    done = False
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
+        yield staging
+        for path in sorted(staging.rglob("*")):
+            target = out / path.relative_to(staging)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                os.replace(path, target)
+        done = True
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {out}: {error.strerror or error}. Free some space or choose "
+            "another place; nothing that was there has changed."
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if not done and not existed:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _index(path: Path) -> dict[str, str] | None:
+    if not path.is_file():
+        return None
+    try:
+        where = {
+            str(key): str(name) for key, name in json.loads(path.read_bytes())["weight_map"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AssetError(f"{path} is not an index of shards: {error!r}") from error
+    if odd := sorted({name for name in where.values() if Path(name).name != name}):
+        raise AssetError(f"{path} names files elsewhere: {', '.join(odd)}")
+    if not where:
+        raise AssetError(f"{path} names no tensors")
+    return where
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise AssetError(
+            f"{path} is missing. A model is a directory with {WEIGHTS}, or {INDEX} and its shards."
+        )
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
+        raise AssetError(f"{path} is not a whole safetensors file: {error}") from error

@@ -1,0 +1,82 @@
+"""``lora-jax combine``: a weighted combination of adapter directories, as another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from ..combining import combination_error, combine
+from ..peft import fitted, open_adapter, write_adapter
+from ..peft.bare import LOOKED_UP
+from .tables import table
+
+
+@dataclass(frozen=True)
+class CombineOptions:
+    """Combine adapters of one model into one, with weights, as PEFT's add_weighted_adapter does.
+
+    Args:
+        out: where the new adapter goes; a new or empty directory.
+        adapters: two or more adapter directories. Modules trained in full, as a classifier is,
+            have no weighted sum: adapters that hold any are refused, as in PEFT.
+        weights: one for each adapter; negative ones subtract. If not given, equal shares.
+        type: cat (exact; ranks add up), svd, linear, ties, ties_svd, dare_linear, dare_ties,
+            dare_linear_svd, dare_ties_svd, magnitude_prune or magnitude_prune_svd.
+        svd_rank: rank of the result, for svd and what ends in it; if not given, the largest.
+        density: share of the values that pruning keeps.
+        majority_sign_method: how ties elects a sign: total or frequency.
+        seed: what dare draws from.
+        overwrite: replace files of the same name; others stay.
+    """
+
+    out: Path
+    adapters: tuple[Path, ...]
+    weights: tuple[float, ...] = ()
+    type: str = "svd"
+    svd_rank: int | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+    seed: int = 0
+    overwrite: bool = False
+
+
+def combine_files(options: CombineOptions) -> str:
+    """Write the combination and return how far each module is from the exact weighted sum.
+
+    Raises:
+        AdapterError: an adapter cannot be read, or they do not go together.
+        OutputError: ``out`` cannot be written.
+    """
+    opened = [open_adapter(directory) for directory in options.adapters]
+    trees = [adapters for _, adapters in opened]
+    share = 1 / max(len(trees), 1)
+    weights = options.weights or (share,) * len(trees)
+    combined = combine(
+        trees,
+        weights,
+        options.type,
+        svd_rank=options.svd_rank,
+        density=options.density,
+        majority_sign_method=options.majority_sign_method,
+        key=jax.random.key(options.seed),
+    )
+    errors = combination_error(trees, weights, combined)
+    write_adapter(
+        options.out,
+        fitted(opened[0][0], combined),
+        combined,
+        embeddings=[name for name, one in combined.items() if one.axes == LOOKED_UP],
+        overwrite=options.overwrite,
+    )
+    rows = [(name, str(one.a.shape[-1]), f"{errors[name]:.3g}") for name, one in combined.items()]
+    bases = {file.base_model for file, _ in opened}
+    note = [f"note: they record different base models: {', '.join(sorted(map(str, bases)))}"]
+    return "\n".join(
+        [
+            table(("module", "r", "error against the exact sum"), rows),
+            *(note if len(bases) > 1 else []),
+            f"the combination is in {options.out}",
+        ]
+    )

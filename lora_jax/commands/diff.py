@@ -1,0 +1,108 @@
+"""``lora-jax diff``: in what two adapter directories differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapter import Adapter, Adapters, Full, rank
+from ..algebra import subtract
+from ..compressing import delta_norm
+from ..errors import AdapterError, raise_all
+from ..factors import misfits, pairs_of, ratio
+from ..peft import AdapterFile, open_adapter
+from .tables import table
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """Show in what two adapters differ: the configuration, and the change of every weight.
+
+    Args:
+        one: an adapter directory.
+        other: another one, of the same model.
+    """
+
+    one: Path
+    other: Path
+
+
+def diff_files(options: DiffOptions) -> str:
+    """Return the fields that differ, and ``‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖`` of every module.
+
+    Raises:
+        AdapterError: one cannot be read, or a module that both have differs in shape.
+    """
+    (file, adapters), (other_file, others) = map(open_adapter, (options.one, options.other))
+    adapters, others = _widened(adapters), _widened(others)
+    problems = misfits([pairs_of(adapters), pairs_of(others)])
+    raise_all(AdapterError, "these adapters are not of one model", problems)
+    rows = []
+    for name in dict.fromkeys([*adapters, *others]):
+        if name in adapters and name in others:
+            rows.append(_row(name, adapters[name], others[name]))
+        else:
+            where = options.one if name in adapters else options.other
+            rows.append((name, "", "", f"only in {where}"))
+    fields = _fields(file, other_file) or ["the configurations are equal"]
+    return "\n".join([*fields, "", table(_HEADINGS, rows)])
+
+
+_HEADINGS = ("module", "r", "|ΔW|", "relative difference")
+
+
+def _row(name: str, one: Any, other: Any) -> tuple[str, str, str, str]:
+    if isinstance(one, Full) or isinstance(other, Full):
+        return (name, "", "", f"trained in full, {_full_difference(one, other)}")
+    ranks = "/".join(map(str, dict.fromkeys([rank(one), rank(other)])))
+    norms = "/".join(dict.fromkeys(f"{delta_norm(each):.4g}" for each in (one, other)))
+    return (name, ranks, norms, _said(difference(one, other)))
+
+
+def difference(one: Adapter, other: Adapter) -> float:
+    """Return ``‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖``; 0 exactly where A, B and the scale are equal."""
+    same = one.scale == other.scale and all(
+        np.array_equal(np.asarray(x), np.asarray(y))
+        for x, y in ((one.a, other.a), (one.b, other.b))
+    )
+    if same:
+        return 0.0
+    return ratio(delta_norm(subtract({"": one}, {"": other})[""]), delta_norm(one))
+
+
+def _full_difference(one: Any, other: Any) -> str:
+    if type(one) is not type(other):
+        return "in one of them only"
+    x, y = (np.asarray(each.value, np.float64) for each in (one, other))
+    if x.shape != y.shape:
+        return f"{x.shape} and {y.shape}"
+    return _said(ratio(float(np.linalg.norm(x - y)), float(np.linalg.norm(x))))
+
+
+def _said(value: float) -> str:
+    return f"{value:.3g}" if value else "equal"
+
+
+def _widened(adapters: Adapters) -> dict[str, Adapter | Full]:
+    # Dtypes may differ: the difference is formed in float32.
+    return dict(adapters) | {
+        name: dataclasses.replace(one, a=one.a.astype("float32"), b=one.b.astype("float32"))
+        for name, one in pairs_of(adapters).items()
+    }
+
+
+def _fields(one: AdapterFile, other: AdapterFile) -> list[str]:
+    values = [
+        {"base_model": file.base_model, "task_type": file.task_type}
+        | {f.name: getattr(file.config, f.name) for f in dataclasses.fields(file.config)}
+        for file in (one, other)
+    ]
+    return [
+        f"{name}: {values[0][name]!r} and {values[1][name]!r}"
+        for name in values[0]
+        if values[0][name] != values[1][name]
+    ]

@@ -1,0 +1,126 @@
+"""``lora-jax inspect``: what an adapter directory holds, and what looks wrong in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from ..adapter import Adapter, Adapters, Full, count, rank
+from ..compressing import delta_norm, effective_rank
+from ..peft import AdapterFile, open_adapter
+from .tables import table
+
+# Adapters that were trained use about half of their rank and differ by a few times in norm.
+LOW_SHARE = 0.25
+HUGE_TIMES = 30.0
+
+_HEADINGS = ("module", "A", "B", "dtype", "r", "scale", "|A|", "|B|", "|ΔW|", "effective r")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Show what an adapter holds: configuration, every module, and suspicious findings.
+
+    Args:
+        adapter: a directory with adapter_config.json and adapter_model.safetensors.
+    """
+
+    adapter: Path
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The numbers of one adapter.
+
+    Args:
+        norms: of A, B and ``ΔW`` (Frobenius).
+        effective_rank: see ``lora_jax.compressing.effective_rank``.
+    """
+
+    adapter: Adapter
+    norms: tuple[float, float, float]
+    effective_rank: float
+
+
+def inspect_files(options: InspectOptions) -> str:
+    """Return the configuration, a line for each module, and what looks wrong.
+
+    Raises:
+        AdapterError: the adapter cannot be read.
+    """
+    file, adapters = open_adapter(options.adapter)
+    facts = {name: _facts(one) for name, one in adapters.items() if isinstance(one, Adapter)}
+    found = findings(facts)
+    return "\n".join(
+        [
+            *_configuration(file),
+            "",
+            table(_HEADINGS, [_row(name, one) for name, one in facts.items()]),
+            *_full(adapters),
+            "",
+            f"{len(facts)} modules, {count(adapters):,} trained values",
+            *(found or ["nothing suspicious"]),
+        ]
+    )
+
+
+def findings(facts: Mapping[str, Facts]) -> list[str]:
+    """Return what looks wrong: nothing trained, a rank far too large, huge norms, mixed dtypes."""
+    found = []
+    typical = statistics.median([one.norms[2] for one in facts.values()] or [0.0])
+    for name, one in facts.items():
+        a, b, change = one.norms
+        r = rank(one.adapter)
+        if not a or not b:
+            found.append(f"{name}: {'B' if a else 'A'} is all zero, so the adapter does nothing")
+        elif one.effective_rank < LOW_SHARE * r:
+            found.append(
+                f"{name}: the effective rank is {one.effective_rank:.1f} of {r}; "
+                "a smaller r holds the same"
+            )
+        if typical and change > HUGE_TIMES * typical:
+            found.append(f"{name}: |ΔW| is {change / typical:.0f} times the median")
+    dtypes = {one.adapter.a.dtype.name for one in facts.values()}
+    dtypes |= {one.adapter.b.dtype.name for one in facts.values()}
+    if len(dtypes) > 1:
+        found.append(f"the dtypes differ: {', '.join(sorted(dtypes))}")
+    return [f"suspicious: {line}" for line in found]
+
+
+def _facts(adapter: Adapter) -> Facts:
+    a, b = (float(jnp.linalg.norm(half.astype(jnp.float32))) for half in (adapter.a, adapter.b))
+    return Facts(adapter, (a, b, delta_norm(adapter)), effective_rank(adapter))
+
+
+def _row(name: str, facts: Facts) -> tuple[str, ...]:
+    one = facts.adapter
+    # The shapes as the file has them.
+    shapes = (str(tuple(half.T.shape)) for half in (one.a, one.b))
+    norms = (f"{value:.4g}" for value in facts.norms)
+    dtype = "/".join(dict.fromkeys([one.a.dtype.name, one.b.dtype.name]))
+    scale = f"{one.scale:g}"
+    return (name, *shapes, dtype, str(rank(one)), scale, *norms, f"{facts.effective_rank:.1f}")
+
+
+def _configuration(file: AdapterFile) -> list[str]:
+    default = type(file.config)()
+    lines = [f"base model: {file.base_model}", f"task type: {file.task_type}"]
+    for field in dataclasses.fields(file.config):
+        value = getattr(file.config, field.name)
+        always = field.name in ("r", "lora_alpha", "target_modules")
+        if always or value != getattr(default, field.name):
+            lines.append(f"{field.name}: {value}")
+    return lines
+
+
+def _full(adapters: Adapters) -> list[str]:
+    return [
+        f"{name}: trained in full, {tuple(one.value.shape)} {one.value.dtype}"
+        for name, one in adapters.items()
+        if isinstance(one, Full)
+    ]

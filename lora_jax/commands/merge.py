@@ -1,0 +1,182 @@
+"""``lora-jax merge``: an adapter folded into a model's safetensors files, without the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from ..adapter import Adapter, Full
+from ..errors import AdapterError, AssetError, OutputError, raise_all
+from ..factors import pairs_of
+from ..files import write_atomic
+from ..lowrank import merged
+from ..merging import Rounding, rounding, warnings_of
+from ..peft import open_adapter
+from ..peft.bare import LINEAR, LOOKED_UP
+from ..peft.files import CONFIG_NAME
+from .checkpoint import Checkpoint, copy_others, read_checkpoint, read_file, staged
+from .tables import table
+
+Changes = Mapping[str, Adapter | Full]
+
+_FLOATS = ("F32", "F16", "BF16")
+_WITH_HEADS = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "DoubleHeads")
+
+
+def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> str:
+    """Write ``W + s·A·B`` in place of every adapted W of a model directory, and report.
+
+    The sum is formed in float32 and rounded once to the stored dtype. Shards keep their names
+    and their index; one at a time is in memory. All other files are copied, but the same
+    weights in other formats. Nothing appears in ``out`` before all of it is written.
+
+    Args:
+        model: a directory with ``model.safetensors``, or shards and their index.
+        adapter: a PEFT directory.
+        out: a new or empty directory.
+        overwrite: replace files of the same name in ``out``; others stay.
+
+    Raises:
+        AdapterError: the adapter cannot be read, or lists every module that is not in the
+            model or does not fit it.
+        AssetError: the model cannot be read.
+        OutputError: ``out`` cannot be written, or is or lies in one of the others.
+    """
+    _, adapters = open_adapter(adapter)
+    checkpoint = read_checkpoint(model)
+    changes = place(adapters, checkpoint, transposed=_says_transposed(adapter))
+    _refuse_tied(adapters, checkpoint)
+    for given in (model, adapter):
+        if given.resolve() in (out.resolve(), *out.resolve().parents):
+            raise OutputError(f"{out} is or lies in {given}, which stays as it is")
+    report: dict[str, Rounding] = {}
+    with staged(out, overwrite=overwrite) as staging:
+        for name, keys in checkpoint.files.items():
+            tensors, metadata = read_file(model / name)
+            for key in keys:
+                if key in changes:
+                    tensors[key] = _changed(key, tensors[key], changes[key], report)
+            write_atomic({staging / name: safetensors.numpy.save(tensors, metadata=metadata)})
+        left_out = copy_others(checkpoint, staging)
+    return _told(report, changes, left_out, out)
+
+
+def place(
+    adapters: Changes, checkpoint: Checkpoint, *, transposed: bool = False
+) -> dict[str, Adapter | Full]:
+    """Return the adapters by the names of the stored tensors, with the stored axes.
+
+    A base model is stored with or without its own prefix, ``bert.`` say; one prefix is put on
+    or taken off for all names together. A ``Conv1D`` is stored the other way round: shapes
+    tell, and where a weight is square, what the others of this adapter are.
+
+    Args:
+        adapters: what ``open_adapter`` returns.
+        checkpoint: the model.
+        transposed: whether square weights are those of ``Conv1D`` where the others do not tell.
+
+    Raises:
+        AdapterError: lists every module that is not in the model or does not fit it.
+    """
+    names = _names(adapters, checkpoint.shapes)
+    problems = [p for name, one in adapters.items() for p in _misfit(names[name], one, checkpoint)]
+    raise_all(AdapterError, "this adapter does not fit the model", problems)
+    shapes = {name: checkpoint.shapes[key] for name, key in names.items()}
+    axes = {
+        name: LINEAR if shapes[name] == (one.b.shape[1], one.a.shape[0]) else LOOKED_UP
+        for name, one in pairs_of(adapters).items()
+        if one.axes == LINEAR
+    }
+    told = {axes[name] for name in axes if len(set(shapes[name])) == 2}
+    square = told.pop() if len(told) == 1 else (LOOKED_UP if transposed else LINEAR)
+    axes |= {name: square for name in axes if len(set(shapes[name])) == 1}
+    return {
+        names[name]: replace(one, axes=axes[name]) if name in axes else one  # pyright: ignore
+        for name, one in adapters.items()
+    }
+
+
+def _misfit(key: str, one: Adapter | Full, checkpoint: Checkpoint) -> list[str]:
+    shape, dtype = checkpoint.shapes.get(key), checkpoint.dtypes.get(key)
+    if shape is None:
+        return [f"{key}: not in the model"]
+    if dtype not in _FLOATS:
+        return [f"{key}: stored as {dtype}, wanted one of {', '.join(_FLOATS)}"]
+    if isinstance(one, Full):
+        wanted = [tuple(one.value.shape)]
+    else:
+        fan_in, out = one.a.shape[0], one.b.shape[1]
+        wanted = [(fan_in, out)] if one.axes == LOOKED_UP else [(out, fan_in), (fan_in, out)]
+    return (
+        [] if shape in wanted else [f"{key}: the adapter is for {wanted[0]}, the model has {shape}"]
+    )
+
+
+def _names(adapters: Changes, stored: Mapping[str, Any]) -> dict[str, str]:
+    """Return the stored tensor's name of every adapter, in the way that finds most of them."""
+    plain = {n: f"{n}.weight" if isinstance(one, Adapter) else n for n, one in adapters.items()}
+    ways: list[Callable[[str], str]] = [str]
+    for first in sorted({key.partition(".")[0] for key in plain.values()}):
+        ways.append(lambda key, first=first: key.removeprefix(f"{first}."))
+    for first in sorted({key.partition(".")[0] for key in stored}):
+        ways.append(lambda key, first=first: f"{first}.{key}")
+    best = max(ways, key=lambda way: sum(way(key) in stored for key in plain.values()))
+    return {name: best(key) for name, key in plain.items()}
+
+
+def _says_transposed(adapter: Path) -> bool:
+    return json.loads((adapter / CONFIG_NAME).read_bytes()).get("fan_in_fan_out") is True
+
+
+def _refuse_tied(adapters: Changes, checkpoint: Checkpoint) -> None:
+    """Raise where the output head reads an adapted embedding's weight, which the adapter spares."""
+    path = checkpoint.directory / "config.json"
+    try:
+        config = json.loads(path.read_bytes()) if path.is_file() else {}
+        kinds = " ".join(config.get("architectures") or ())
+        tied = config.get("tie_word_embeddings", True)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise AssetError(f"{path} is not a model's configuration: {error!r}") from error
+    has_head = any(kind in kinds for kind in _WITH_HEADS)
+    if not tied or not has_head or any("lm_head.weight" in key for key in checkpoint.shapes):
+        return
+    raise_all(
+        AdapterError,
+        "the output head shares these weights (tie_word_embeddings), so a merge would change it, "
+        "too; keep the adapter apart",
+        [
+            name
+            for name, one in adapters.items()
+            if isinstance(one, Adapter) and one.axes == LOOKED_UP
+        ],
+    )
+
+
+def _changed(
+    key: str, weight: np.ndarray, change: Adapter | Full, report: dict[str, Rounding]
+) -> np.ndarray:
+    if isinstance(change, Full):
+        return np.ascontiguousarray(np.asarray(change.value).astype(weight.dtype))
+    array = jnp.asarray(weight)
+    report[key] = rounding(array, [change])
+    return np.ascontiguousarray(np.asarray(merged(array, change)))
+
+
+def _told(report: Mapping[str, Rounding], changes: Changes, left_out: list[str], out: Path) -> str:
+    rows = [
+        (key, one.dtype, f"{one.changed:,}", f"{one.unchanged:,}", f"{one.error:.3g}")
+        for key, one in sorted(report.items())
+    ]
+    headings = ("weight", "dtype", "to change", "left unchanged", "error of the change")
+    full = [f"{key}: replaced in full" for key, one in changes.items() if isinstance(one, Full)]
+    warned = [f"warning: {line}" for line in warnings_of(report)]
+    others = [f"not copied, as they hold the old weights: {', '.join(left_out)}"]
+    lines = [table(headings, rows), *full, *warned, *(others if left_out else [])]
+    return "\n".join([*lines, f"the merged model is in {out}"])
