@@ -31,8 +31,8 @@ FORBIDDEN = {
 FLOORS = [
     {"errors", "paths"},
     {"files", "adapter", "config", "inlining", "packing"},
-    {"lowrank", "initializers"},
-    {"merging", "layers", "contractions", "many"},
+    {"lowrank", "initializers", "entries"},
+    {"merging", "layers", "contractions", "many", "optimizers"},
     {"rewrite"},
     {"linen", "nnx", "peft", "torch", "torch_compat"},
     {"assets"},
