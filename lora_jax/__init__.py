@@ -3,6 +3,7 @@
 from .adapter import Adapter, Adapters, Full
 from .config import LoraConfig
 from .errors import LoraError
+from .inits import initialise, relative_to
 from .many import Stacked, per_example, rescale, select, stack, unstack
 from .merging import merge
 from .peft import load_config, load_pretrained, save_pretrained
@@ -20,12 +21,14 @@ __all__ = [
     "Plan",
     "Stacked",
     "frugality",
+    "initialise",
     "load_config",
     "load_pretrained",
     "lora",
     "merge",
     "per_example",
     "plan",
+    "relative_to",
     "rescale",
     "save_pretrained",
     "select",

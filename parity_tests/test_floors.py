@@ -34,6 +34,7 @@ FLOORS = [
     {"lowrank", "initializers", "entries"},
     {"merging", "layers", "contractions", "many", "optimizers"},
     {"rewrite"},
+    {"inits"},
     {"linen", "nnx", "peft", "torch", "torch_compat"},
     {"assets"},
     {"models"},

@@ -7,7 +7,7 @@ rule each. What the rules meet is recorded: where a weight is used, and where it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,6 +60,7 @@ class Record:
         keep_alive: the equations, so that their identities stay theirs.
         dropout_key: the random key of this interpretation, None for no dropout.
         times: how often the loops around it run it.
+        product: what stands for ``s·(x·A)·B`` at a ``dot_general``.
     """
 
     sites: dict[str, dict[int, Site]] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Record:
     formed: set[str] = field(default_factory=set)
     dropout_key: Any = None
     times: int = 1
+    product: Callable[..., Any] = lowrank.dot
 
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""

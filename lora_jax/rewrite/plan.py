@@ -17,7 +17,7 @@ from .. import paths
 from ..adapter import IN, OUT, Adapter, Full, a_shape, b_shape, part_shape
 from ..config import LoraConfig
 from ..errors import ConfigError, raise_all
-from ..initializers import draw, fold_in_path, for_lookup, init_problems
+from ..initializers import draw, fold_in_path, for_lookup, init_problems, reads_more
 from . import select
 from .interpret import Record, Site, interpret
 from .table import render
@@ -145,7 +145,15 @@ class Plan:
         Args:
             key: the random key.
             dtype: of A and B; float32 beside a base of any dtype, as in PEFT.
+
+        Raises:
+            ConfigError: the initialisation reads more than shapes, as ``"pissa"`` does.
         """
+        if reads_more(self.config.init_lora_weights):
+            raise ConfigError(
+                f"init_lora_weights={self.config.init_lora_weights!r} reads the weights: use "
+                "base, adapters = lora_jax.inits.initialise(plan, params, key), and that base"
+            )
         adapters: dict[str, Adapter | Full] = {}
         for leaf in self.adapted:
             init, own = self.config.init_lora_weights, fold_in_path(key, leaf.name)
@@ -157,7 +165,8 @@ class Plan:
 
     def abstract(self, dtype: DTypeLike = jnp.float32) -> dict[str, Adapter | Full]:
         """Return the adapters' shapes and dtypes without drawing them."""
-        return jax.eval_shape(lambda key: self.init(key, dtype), jax.random.key(0))
+        drawn = replace(self, config=replace(self.config, init_lora_weights=True))
+        return jax.eval_shape(lambda key: drawn.init(key, dtype), jax.random.key(0))
 
     def __str__(self) -> str:
         return render(self)

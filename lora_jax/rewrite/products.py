@@ -35,7 +35,7 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     if weight.planning:
         return y
     x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
-    addend = lowrank.dot(
+    addend = call.record.product(
         x,
         adapter,
         contract,
