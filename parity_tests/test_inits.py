@@ -170,7 +170,9 @@ def both(name):
     case = dict(run=run_weights, theirs={}, ours={}, fields={}) | CASES[name]
     fields = case["fields"] | dict(init_lora_weights=case["init"])
     batches = inputs() if case["run"] is not run_weights else None
-    mine = ours(fields, batches, **case["ours"])
+    # PEFT's incremental PCA sees every batch twice before it stops, so its S is √2 larger
+    seen = 2 * batches if case["init"] == "eva" else batches
+    mine = ours(fields, seen, **case["ours"])
     wrapped = case["run"](model(), peft.LoraConfig(**FIELDS | fields | case["theirs"]), batches)
     theirs = {}
     for module in ("up", "down"):
@@ -192,7 +194,8 @@ def test_a_b_and_the_base_are_pefts(name):
     (found, params, base, adapters), theirs = both(name)
     moved = 0
     # what PEFT finds by a randomised or incremental SVD is near, not equal
-    tolerance = dict(rtol=0, atol=2e-3 if "niter" in name or "eva" in name else 2e-5)
+    near = {"pissa_niter": 2e-3, "eva": 2e-3, "eva whitened": 2e-3, "lora_ga ArBr": 2e-4}
+    tolerance = dict(rtol=0, atol=near.get(name, 2e-5))
     for path, (a, b, w) in theirs.items():
         mine = adapters[path]
         assert mine.a.any() or mine.b.any(), "vacuous"
