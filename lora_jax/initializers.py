@@ -90,7 +90,7 @@ INITIALIZERS: dict[bool | str, Initializer] = {
 
 
 # What reads the weight, the data or the gradient is not drawn: `lora_jax.inits.initialise`.
-_CHANGE_BASE = ("olora", "pissa", "corda", "lora_ga")
+_CHANGE_BASE = ("olora", "pissa", "corda", "lora_ga", "loftq")
 _KEEP_BASE = ("mica", "eva")
 _NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 

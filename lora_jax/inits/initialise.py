@@ -18,10 +18,11 @@ from ..adapter import IN, OUT, STACKED, Adapter, Full, pick
 from ..errors import ConfigError, raise_all
 from ..initializers import changes_base, fold_in_path, niter, reads_more
 from ..rewrite import LeafPlan, Plan
-from . import activations, gradients, weights
+from . import activations, gradients, loftq, weights
 
 # What one method makes: A and B for every adapted leaf, as stacks of matrices.
-Pairs = Mapping[str, tuple[Float[Array, "s in_ r"], Float[Array, "s r out"]]]
+# LoftQ adds the quantised base.
+Pairs = Mapping[str, tuple[Array, ...]]
 Stacks = Mapping[str, Float[Array, "s in_ out"]]
 
 
@@ -46,11 +47,13 @@ def initialise(
     ``eva``            the inputs of W               unchanged               0
     ``corda``          W, the inputs of W            ``W - s·A·B``           of both
     ``lora_ga``        ``∂fn/∂W``                    ``W - s·A·B``           of the gradient
+    ``loftq``          W                             quantised W             of what was lost
     others             nothing: ``plan.init(key)``   unchanged               see there
     ================== ============================= ======================= ==================
 
-    Where the base changes, the model's outputs stay; train and serve the adapters with the base
-    that is returned, or make them plain LoRA of the original one with ``relative_to``.
+    Where the base changes, the model's outputs stay (nearly, with ``loftq``); train and serve
+    the adapters with the base that is returned, or make them plain LoRA of the original one
+    with ``relative_to``.
 
     Args:
         plan: what is adapted, with the configuration that names the initialisation.
@@ -59,7 +62,8 @@ def initialise(
         fn: for those that read data: the model ``fn(params, *batch)``; for ``lora_ga`` the loss.
         batches: tuples of arguments of ``fn``, without padding.
         **options: of ``eva``: ``whiten``; of ``corda``: ``method``; of ``lora_ga``:
-            ``direction``, ``scaling`` and ``stable_gamma``. See these functions.
+            ``direction``, ``scaling`` and ``stable_gamma``; of ``loftq``: ``bits`` and
+            ``iterations``. See these functions.
 
     Returns:
         ``(base, adapters)``. The base is a new tree that shares what did not change.
@@ -90,21 +94,31 @@ def initialise(
     adapters: dict[str, Adapter | Full] = {}
     changed: dict[str, Any] = {}
     for leaf in plan.adapted:
-        a, b = (jnp.asarray(x, jnp.float32) for x in pairs[leaf.name])
+        a, b, *quantised = pairs[leaf.name]
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         a, b = a.reshape(leaf.a_shape), b.reshape(leaf.b_shape)
         adapter = leaf.adapter(a, b, plan.config.lora_dropout)
         adapters[leaf.name] = adapter
         if changes_base(name):
             base = changed.get(leaf.path, leaves[leaf.path])
-            changed[leaf.path] = lowrank.merged(base, replace(adapter, scale=-leaf.scale))
+            taken_out = replace(adapter, scale=-leaf.scale)
+            changed[leaf.path] = (
+                _with_matrices(base, leaf, quantised[0])
+                if quantised
+                else lowrank.merged(base, taken_out)
+            )
     copies = {path: Full(jnp.array(value, copy=True)) for path, value in plan.full.items()}
     return paths.replace(params, changed), adapters | copies
 
 
-def _from_weight(rule: Callable[..., weights.Pair]) -> Callable[..., Pairs]:
-    def method(plan: Plan, params: Any, stacks: Stacks, key: Any, fn: Any, batches: Any) -> Pairs:
+def _from_weight(rule: Callable[..., Any]) -> Callable[..., Pairs]:
+    def method(
+        plan: Plan, params: Any, stacks: Stacks, key: Any, fn: Any, batches: Any, **options: Any
+    ) -> Pairs:
         return {
-            leaf.name: jax.vmap(partial(rule, r=leaf.r, scale=leaf.scale))(stacks[leaf.name])
+            leaf.name: jax.vmap(partial(rule, r=leaf.r, scale=leaf.scale, **options))(
+                stacks[leaf.name]
+            )
             for leaf in plan.adapted
         }
 
@@ -167,6 +181,7 @@ _METHODS: dict[str, Callable[..., Pairs]] = {
     "pissa": _from_weight(weights.pissa),
     "pissa_niter": _pissa_niter,
     "mica": _from_weight(weights.mica),
+    "loftq": _from_weight(loftq.loftq),
     "lora_ga": _lora_ga,
     "eva": _eva,
     "corda": _corda,
@@ -199,6 +214,17 @@ def _matrices(weight: Array, leaf: LeafPlan) -> Float[Array, "s in_ out"]:
     order = [n for x in (STACKED, IN, OUT) for n, axis in enumerate(leaf.axes) if axis == x]
     wide = weight.astype(lowrank.accumulation_dtype(weight.dtype))
     return wide.transpose(order).reshape(-1, _size(leaf, IN), _size(leaf, OUT))
+
+
+def _with_matrices(weight: Array, leaf: LeafPlan, stack: Float[Array, "s in_ out"]) -> Array:
+    """Return the weight with these matrices as its adapted part; the inverse of ``_matrices``."""
+    order = [n for x in (STACKED, IN, OUT) for n, axis in enumerate(leaf.axes) if axis == x]
+    grouped = stack.reshape([leaf.part_shape[n] for n in order])
+    part = grouped.transpose([order.index(n) for n in range(len(order))]).astype(weight.dtype)
+    if leaf.columns is None:
+        return part
+    axis = leaf.axes.index(OUT)
+    return lax.dynamic_update_slice_in_dim(weight, part, leaf.columns[0], axis)
 
 
 def _size(leaf: LeafPlan, letter: str) -> int:

@@ -32,7 +32,8 @@ def relative_to(
         The plan for rank 2r, with an alpha that keeps every scale, and the adapters.
 
     Raises:
-        AdapterError: lists the paths where the two differ in more than their values.
+        AdapterError: lists the paths where the two differ in more than their values; with
+            ``loftq`` there is no such adapter.
 
     Source: PEFT 0.21.2 ``path_initial_model_for_weight_conversion``.
 
@@ -47,6 +48,11 @@ def relative_to(
     >>> same["w"].a.shape, bool(abs(lowrank.delta(same["w"])).max() < 1e-6), plain.config.r
     ((4, 4), True, 4)
     """
+    if plan.config.init_lora_weights == "loftq":
+        raise AdapterError(
+            "loftq: the quantised base is not the original one less s·A·B, so there is no such "
+            "adapter; save the base that initialise returned, and merge into that"
+        )
     wanted = {leaf.name for leaf in plan.adapted} | set(plan.full)
     problems = [
         f"{name}: planned, but not in both trees"
