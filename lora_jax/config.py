@@ -36,7 +36,8 @@ class LoraConfig:
         lora_dropout: probability of dropping an input of the low-rank path, in [0, 1).
         use_rslora: scale by ``alpha / sqrt(r)`` instead of ``alpha / r`` (arXiv 2312.03732).
         init_lora_weights: a name in ``lora_jax.initializers.INITIALIZERS``; ``True`` is PEFT's
-            default (B = 0), ``False`` draws both at random.
+            default (B = 0), ``False`` draws both at random. Or one that ``lora_jax.initialise``
+            makes: ``"pissa"``, ``"olora"``, ``"eva"``, ….
         rank_pattern: r by module-name pattern; the first hit wins over ``r``.
         alpha_pattern: alpha by module-name pattern; the first hit wins over ``lora_alpha``.
         modules_to_save: names of modules trained in full and saved beside the adapters.

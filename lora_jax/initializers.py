@@ -149,17 +149,22 @@ def draw(
     return a.astype(dtype), b.astype(dtype)
 
 
-def init_problems(init: bool | str, r: int) -> list[str]:
+def init_problems(init: bool | str, r: int, *, drawn: bool = True) -> list[str]:
     """Return what is wrong with an ``init_lora_weights`` for this rank.
+
+    Args:
+        init: the name.
+        r: the rank.
+        drawn: whether only those serve that are drawn, as in a layer of its own.
 
     >>> init_problems("orthogonal", 3)
     ["r: got 3, init_lora_weights='orthogonal' wants an even one"]
     """
-    if reads_more(init):
+    if reads_more(init) and not drawn:
         return []
     if init not in INITIALIZERS:
-        named = (*INITIALIZERS, *_CHANGE_BASE, "pissa_niter_N", *_KEEP_BASE)
-        wanted = ", ".join(map(repr, named))
+        more = () if drawn else (*_CHANGE_BASE, "pissa_niter_N", *_KEEP_BASE)
+        wanted = ", ".join(map(repr, (*INITIALIZERS, *more)))
         return [f"init_lora_weights: got {init!r}, wanted one of {wanted}"]
     if init == "orthogonal" and r % 2:
         return [f"r: got {r}, init_lora_weights='orthogonal' wants an even one"]

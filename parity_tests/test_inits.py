@@ -29,6 +29,7 @@ from lora_jax import (
     save_pretrained,
 )
 from lora_jax.errors import AdapterError, ConfigError
+from lora_jax.initializers import init_problems
 from lora_jax.inits import activations, loftq
 from parity_tests.oracle import rel_l2
 
@@ -329,6 +330,12 @@ def test_what_cannot_be_made_is_refused_with_every_reason():
             fn=lambda params, ids: jax.lax.stop_gradient(lookup(params, ids)),
             batches=[(jnp.zeros(2, int),)],
         )
+
+
+def test_a_layer_of_its_own_has_no_weight_to_read():
+    assert "wanted one of True" in init_problems("pissa", 2)[0]
+    assert not init_problems("pissa", 2, drawn=False)
+    assert "'pissa_niter_N'" in init_problems("pisa", 2, drawn=False)[0]
 
 
 def test_relative_to_refuses_other_adapters():

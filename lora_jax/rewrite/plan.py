@@ -296,5 +296,9 @@ def _check_slices(rows: tuple[LeafPlan, ...]) -> None:
 
 def _check_inits(config: LoraConfig, rows: tuple[LeafPlan, ...]) -> None:
     init = config.init_lora_weights
-    problems = {f"{row.path}: {p}" for row in rows for p in init_problems(init, row.r)}
+    problems = {
+        f"{row.path}: {problem}"
+        for row in rows
+        for problem in init_problems(init, row.r, drawn=False)
+    }
     raise_all(ConfigError, "this configuration cannot be applied", sorted(problems))
