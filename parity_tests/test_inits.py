@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 import sys
 from dataclasses import replace
@@ -168,6 +169,7 @@ CASES = {
 CHANGING = [name for name in CASES if name not in ("mica", "eva", "eva whitened")]
 
 
+@functools.cache
 def both(name):
     """Return our result and PEFT's A, B and base by path, in our layout."""
     case = dict(run=run_weights, theirs={}, ours={}, fields={}) | CASES[name]
