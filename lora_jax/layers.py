@@ -101,7 +101,7 @@ def add_low_rank(
     stacked = len(x_batch)
     w_contract, w_batch = range(stacked, stacked + len(x_contract)), range(stacked)
     contract, batch = (x_contract, w_contract), (x_batch, w_batch)
-    return lowrank.add(y, lowrank.dot(x, adapter, contract, batch, precision=precision))
+    return lowrank.add_dot(y, x, adapter, contract, batch, precision=precision)
 
 
 def as_tuple(sizes: int | Iterable[int]) -> tuple[int, ...]:

@@ -22,6 +22,9 @@ from .adapter import IN, OUT, STACKED, Adapter, is_number, pick
 from .inlining import inlined
 
 Axes = Sequence[int]
+Numbers = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+
+_STATIC = ("numbers", "weight_first", "precision")
 
 
 def dot(
@@ -54,29 +57,51 @@ def dot(
     >>> dot(jnp.ones((4, 3)), adapter, contract=([1], [0]))[0]
     Array([3., 3., 3., 3., 3.], dtype=float32)
     """
-    return _dot(
-        x,
-        adapter,
-        contract=(tuple(contract[0]), tuple(contract[1])),
-        batch=(tuple(batch[0]), tuple(batch[1])),
-        weight_first=weight_first,
-        precision=precision,
-    )
+    numbers = _numbers(contract, batch)
+    return _dot(x, adapter, numbers=numbers, weight_first=weight_first, precision=precision)
+
+
+def add_dot(
+    y: Inexact[Array, "*out"],
+    x: Inexact[Array, "..."],
+    adapter: Adapter,
+    contract: tuple[Axes, Axes],
+    batch: tuple[Axes, Axes] = ((), ()),
+    *,
+    weight_first: bool = False,
+    precision: lax.PrecisionLike = None,
+) -> Inexact[Array, "*out"]:
+    """Return ``y + s·(x·A)·B``: the sum that ``add`` forms of y and ``dot``.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(a=jnp.ones((3, 2)), b=jnp.ones((2, 5)), scale=0.5)
+    >>> add_dot(jnp.ones((4, 5)), jnp.ones((4, 3)), adapter, contract=([1], [0]))[0]
+    Array([4., 4., 4., 4., 4.], dtype=float32)
+    """
+    numbers = _numbers(contract, batch)
+    return _add_dot(y, x, adapter, numbers=numbers, weight_first=weight_first, precision=precision)
+
+
+def _numbers(contract: tuple[Axes, Axes], batch: tuple[Axes, Axes]) -> Numbers:
+    return (tuple(contract[0]), tuple(contract[1])), (tuple(batch[0]), tuple(batch[1]))
 
 
 # Layers of one shape share one tracing.
-@partial(inlined, static=("contract", "batch", "weight_first", "precision"))
+@partial(inlined, static=_STATIC)
+def _add_dot(y: Array, x: Array, adapter: Adapter, **static: Any) -> Array:
+    return add(y, _dot(x, adapter, **static))
+
+
+@partial(inlined, static=_STATIC)
 def _dot(
     x: Array,
     adapter: Adapter,
     *,
-    contract: tuple[Axes, Axes],
-    batch: tuple[Axes, Axes],
+    numbers: Numbers,
     weight_first: bool,
     precision: lax.PrecisionLike,
 ) -> Array:
-    x_contract, w_contract = contract
-    x_batch, w_batch = batch
+    (x_contract, w_contract), (x_batch, w_batch) = numbers
     transposed = bool(w_contract) and adapter.axes[w_contract[0]] == OUT
     summed, kept = (OUT, IN) if transposed else (IN, OUT)
     down, up = (adapter.b, adapter.a) if transposed else (adapter.a, adapter.b)

@@ -93,20 +93,29 @@ def wide(subject: Subject) -> Iterator[Any]:
         yield np.float64 if double else np.float32
 
 
-def jit(fn):
-    """``jax.jit`` for arguments with leaves that are no arrays, as Equinox models have."""
+def on_arrays(fn, *args):
+    """Return ``fn`` of the arrays among its arguments alone, and these, as a list.
 
-    @partial(jax.jit, static_argnums=0)
-    def on_arrays(static, arrays):
-        tree, rest = static
-        leaves = [a if r is None else r for a, r in zip(arrays, rest, strict=True)]
-        return fn(*jax.tree.unflatten(tree, leaves))
+    Equinox models have leaves that are none.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    places = [n for n, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def of_arrays(arrays):
+        whole = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            whole[place] = array
+        return fn(*jax.tree.unflatten(tree, whole))
+
+    return of_arrays, [leaves[place] for place in places]
+
+
+def jit(fn):
+    """``jax.jit`` for arguments with leaves that are no arrays."""
 
     def call(*args):
-        leaves, tree = jax.tree.flatten(args)
-        rest = tuple(None if hasattr(leaf, "dtype") else leaf for leaf in leaves)
-        arrays = [leaf if r is None else None for leaf, r in zip(leaves, rest, strict=True)]
-        return on_arrays((tree, rest), arrays)
+        of_arrays, arrays = on_arrays(fn, *args)
+        return jax.jit(of_arrays)(arrays)
 
     return call
 
@@ -168,11 +177,22 @@ def gradient(subject: Subject) -> None:
 def frugality(subject: Subject) -> None:
     """The step computes nothing weight-sized beyond what the base's input gradient does."""
     adapters, fn, params, args = random_adapters(subject)
-    step = jax.grad(lambda a, p, *args: loss(lambda a: lora(fn)(p, a, *args), a))
-    base = jax.grad(lambda x, p: loss(lambda x: fn(p, *x), x))
+
+    def step(adapters, params, *args):
+        return jax.grad(lambda a: loss(lora(fn), params, a, *args))(adapters)
+
+    def base(params, *args):
+        of_arrays, arrays = on_arrays(lambda *args: loss(fn, params, *args), *args)
+        smooth = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        def of_smooth(chosen):
+            return of_arrays([chosen.get(n, x) for n, x in enumerate(arrays)])
+
+        return jax.grad(of_smooth)({n: arrays[n] for n in smooth})
+
     sizes = weight_sizes(params, adapters)
     added = Counter(computed(sizes, step, adapters, params, *args))
-    added -= Counter(computed(sizes, base, args, params))
+    added -= Counter(computed(sizes, base, params, *args))
     assert bool(added) == (subject.dense_gradient or subject.materialized), added
 
 
@@ -187,18 +207,19 @@ def purity(subject: Subject) -> None:
 def transforms(subject: Subject) -> None:
     with wide(subject) as dtype:
         adapters, fn, params, args = random_adapters(subject, dtype)
-        plain = lora(fn)(params, adapters, *args)
-        bound, _ = BOUNDS[subject.precision]
-        assert relative(jax.jit(lora(fn))(params, adapters, *args), plain) <= bound
-        assert relative(jax.checkpoint(lora(fn))(params, adapters, *args), plain) <= bound
+
+        def over(adapters):
+            return lora(fn)(params, adapters, *args)
+
+        plain, (bound, _) = over(adapters), BOUNDS[subject.precision]
+        assert relative(jax.jit(over)(adapters), plain) <= bound
+        assert relative(jax.checkpoint(over)(adapters), plain) <= bound
         two = jax.tree.map(lambda leaf: jnp.stack([leaf, -2 * leaf]), adapters)
-        mapped = (None, 0, *(None for _ in args))
-        over_adapters = jax.vmap(lora(fn), in_axes=mapped)
         if not subject.vmaps:
             with pytest.raises(NotImplementedError):  # JAX's own: the base has none either
-                over_adapters(params, two, *args)
+                jax.vmap(over)(two)
             return
-        many = over_adapters(params, two, *args)
+        many = jax.vmap(over)(two)
         assert relative(jax.tree.map(lambda leaf: leaf[0], many), plain) <= bound
 
 
@@ -239,4 +260,4 @@ def weight_sizes(params, adapters) -> list[tuple[int, ...]]:
 
 def computed(sizes, step, *args) -> list[str]:
     """Return every compiled instruction that computes something of these sizes."""
-    return weight_sized(compiled(step, *args), sizes)
+    return weight_sized(compiled(*on_arrays(step, *args)), sizes)

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from parity_tests import laws, test_frameworks, test_laws, test_third_party, third_party
+from parity_tests import (
+    laws,
+    test_frameworks,
+    test_laws,
+    test_third_party,
+    test_torch_front,
+    third_party,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "laws.md"
 
@@ -32,7 +39,7 @@ where the sum is formed because it was asked for.
 def page() -> str:
     """Return the page as Markdown."""
     operations = [(s, laws.ALL) for s in test_laws.SUBJECTS]
-    frameworks = [(s, [laws.identity, *test_frameworks.QUICK]) for s in test_frameworks.SUBJECTS]
+    frameworks = [(s, laws.ALL) for s in test_frameworks.SUBJECTS]
     models = [(s, [laws.identity, *test_third_party.LAWS, laws.planning]) for s in third_party.ALL]
     return "\n".join(
         [
@@ -40,7 +47,20 @@ def page() -> str:
             _table("Operations", "operation", operations),
             _table("Frameworks", "model", frameworks),
             _table("Models that others wrote, unmodified", "model", models),
+            _through_torch(),
         ]
+    )
+
+
+def _through_torch() -> str:
+    lines = ["| model | targets | outputs | loss | gradients | merged | PEFT's file | identity |"]
+    lines += ["|---" * 8 + "|"]
+    for name, model in test_torch_front.MODELS.items():
+        lines.append(f"| `{name}` | {', '.join(model.targets)} |{' yes |' * 6}")
+    return (
+        "## PyTorch models of transformers through `from_torch`, against PEFT\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 

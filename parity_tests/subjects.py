@@ -118,6 +118,16 @@ def half_precision(p, x):
     return (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(x.dtype)
 
 
+@jax.jit
+def layer(w, x):
+    return jnp.tanh(x @ w)
+
+
+def jitted_twice(p, x):
+    """JAX traces the layer once for both calls."""
+    return layer(p["w"], layer(p["w"], x))
+
+
 ALL = [
     Subject("dense", lambda p, x: jnp.tanh(x @ p["w"]), {"w": (D, F)}, {"w": "io"}),
     Subject("vector_input", lambda p, x: x @ p["w"], {"w": (D, F)}, {"w": "io"}, x=(D,)),
@@ -234,6 +244,7 @@ ALL = [
     Subject(
         "twice", lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], {"w": (D, D)}, {"w": "io"}, sites=2
     ),
+    Subject("jitted_twice", jitted_twice, {"w": (D, D)}, {"w": "io"}, sites=2),
     Subject(
         "tied",
         lambda p, x: jnp.tanh(jax.nn.softmax(x) @ p["w"]) @ p["w"].T,

@@ -77,7 +77,7 @@ def carried_through_a_scan(p, x):
 
 def branches(p, x):
     which = (x.sum() > 0).astype(np.int32)
-    return lax.switch(which, [lambda h: h @ p["w"], lambda h: jnp.tanh(h) @ p["w"]], x)
+    return lax.switch(which, [lambda h: h @ p["w"], lambda h: jnp.sin(h @ p["w"])], x)
 
 
 def one_branch(p, x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -171,16 +172,21 @@ SUBJECTS = [
     Model("dataclasses", partial(plain, Layers), {"up": "io", "1.down": "io"}, 3),
 ]
 
-QUICK = [laws.merging, laws.gradient, laws.purity, laws.planning]
+
+# The operations have these two in the default suite.
+SLOW = (laws.frugality, laws.transforms)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-def test_identity(subject):
-    laws.identity(subject)
-
-
-@pytest.mark.parametrize("law", QUICK, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(
+    "law",
+    [
+        pytest.param(law, id=law.__name__, marks=[pytest.mark.slow] * (law in SLOW))
+        for law in laws.ALL
+    ],
+)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_law(law, subject):
-    with laws.quick_compilation():
+    # What is compiled is looked at, or compared bit by bit.
+    whole = law in (laws.identity, laws.frugality)
+    with nullcontext() if whole else laws.quick_compilation():
         law(subject)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,6 +188,39 @@ def test_a_use_without_a_rule_names_path_and_primitive(name):
     with pytest.raises(PlanError) as error:
         lora(fn)(params, adapters, x)
     assert "w: " in str(error.value)
+
+
+FORMED = [name for name, (_, word) in LOUD.items() if "returns" not in word]
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_materialize_gives_the_merged_models_outputs_and_says_so(name):
+    fn, _ = LOUD[name]
+    rng = np.random.default_rng(0)
+    params, x = {"w": jnp.asarray(rng.normal(size=(6, 6)) / 3, jnp.float32)}, jnp.ones((4, 6))
+    config = LoraConfig(r=2, target_modules=["w"], on_unsupported="materialize")
+    found = plan(fn, params, config, x)
+    assert "W + AB is formed: " in str(found)
+    a, b = (jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((6, 2), (2, 6)))
+    adapters = {"w": found.adapted[0].adapter(a, b)}
+    got, wanted = lora(fn)(params, adapters, x), fn(merge(params, adapters), x)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_materialize_can_be_allowed_for_some_modules_alone():
+    def fn(params, x):
+        return x @ jnp.sort(params["layer_0"]["w"]) @ jnp.sort(params["layer_1"]["w"])
+
+    params = {f"layer_{n}": {"w": jnp.eye(6)} for n in (0, 1)}
+    config = LoraConfig(target_modules=["layer_0", "layer_1"], on_unsupported=["layer_1"])
+    with pytest.raises(PlanError) as error:
+        plan(fn, params, config, X)
+    assert "layer_0.w: sort" in str(error.value).replace("/", ".")
+    assert "layer_1" not in str(error.value)
+    assert "test_plan.py:" in str(error.value), "the author's line"
+    found = plan(fn, params, dataclasses.replace(config, on_unsupported=r"layer_\d"), X)
+    assert all(leaf.materialized for leaf in found.adapted)
 
 
 def test_every_bad_target_is_listed_at_once():

@@ -10,7 +10,7 @@ from lora_jax import lora
 from parity_tests import laws, third_party
 
 # Near twins of models in the default suite, which op-by-op compilation would double in time.
-SLOW = ("marian", "mistral", "gemma", "gpt_neo", "clip", "haiku_lstm")
+SLOW = ("gpt2", "marian", "mistral", "gemma", "gpt_neo", "clip", "haiku_lstm")
 
 SUBJECTS = [
     pytest.param(subject, id=subject.name, marks=[pytest.mark.slow] * (subject.name in SLOW))

@@ -167,6 +167,7 @@ def _read(leaf: LeafPlan, sums: Adapter) -> Moments:
 
 
 def _probed(
+    y: Array,
     x: Array,
     adapter: Adapter,
     contract: tuple[Any, Any],
@@ -176,7 +177,7 @@ def _probed(
     precision: Any,
     scaled: bool,
 ) -> Array:
-    """Return zeros in the place of ``s·(x·A)·B``, with gradients of A and B that are moments."""
+    """Return y, with zeros in the place of ``s·(x·A)·B`` and gradients that are moments."""
     if any(adapter.axes[n] == OUT for n in contract[1]):
         raise Unsupported("the weight is used with its axes exchanged, so it has two inputs")
     options: Any = dict(weight_first=weight_first, precision=lax.Precision.HIGHEST)
@@ -219,4 +220,4 @@ def _probed(
         return jnp.zeros_like(x), moments, jnp.full_like(b, rows * weight)
 
     probe.defvjp(forward, backward)
-    return probe(x, adapter.a, adapter.b)
+    return lowrank.add(y, probe(x, adapter.a, adapter.b))

@@ -16,6 +16,7 @@ from ..files import output_directory, write_atomic
 from ..rewrite import Plan
 from . import config_json, tensors
 from .config_json import AdapterFile
+from .ranges import without_ranges
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -36,7 +37,9 @@ def save_pretrained(
 ) -> Path:
     """Write adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
 
-    Equal inputs give equal bytes. Both files are written whole or not at all.
+    Equal inputs give equal bytes. Both files are written whole or not at all. PEFT has no
+    ``output_slices``: ranges of columns are written as one pair of the whole weight, zero
+    elsewhere, whose plan comes from ``load_config``.
 
     Args:
         directory: where; created, must be empty unless ``overwrite``.
@@ -51,11 +54,13 @@ def save_pretrained(
         The directory.
 
     Raises:
-        AdapterError: adapters and plan differ, or a value is not finite.
+        AdapterError: adapters and plan differ in paths, shapes or scale, or a value is not finite.
         OutputError: the directory holds something or cannot be written.
 
     Source: the file format of PEFT 0.21.2.
     """
+    tensors.raise_misfits(plan, adapters)
+    plan, adapters = without_ranges(plan, adapters)
     contents = tensors.encode(plan, adapters, names)
     files = {
         WEIGHTS_NAME: safetensors.numpy.save(contents, metadata={"format": "pt"}),

@@ -1,8 +1,8 @@
 """``adapter_model.safetensors``: between PEFT's tensors and adapters, pure functions.
 
-PEFT keeps a linear layer's A as ``[r, in]`` and its B as ``[out, r]``, and an embedding's alike
-under names of their own; axes that the model splits, such as heads, are flattened, and layers
-stacked for a scan are written one by one.
+PEFT keeps a linear layer's A as ``[r, in]`` and its B as ``[out, r]``, an embedding's alike under
+names of their own, a convolution's as ``[r, in, *window]`` and ``[out, r, 1, …]``; axes that the
+model splits, such as heads, are flattened, and layers stacked for a scan are written one by one.
 """
 
 from __future__ import annotations
@@ -59,11 +59,8 @@ def encode(plan: Plan, adapters: Adapters, names: Names = paths.module_of) -> di
         AdapterError: adapters and plan differ, names collide, or a value is not finite.
     """
     _refuse_what_has_no_place(plan)
+    raise_misfits(plan, adapters)
     leaves = {leaf.path: leaf for leaf in plan.leaves}
-    wanted = {leaf.path for leaf in plan.adapted} | set(plan.full)
-    problems = [f"{path}: planned, but there is no adapter" for path in wanted - adapters.keys()]
-    problems += [f"{path}: an adapter, but not planned" for path in adapters.keys() - wanted]
-    raise_all(AdapterError, "these adapters are not those of the plan", sorted(problems))
     tensors = {}
     for slot in slots(plan, names):
         adapter, leaf = adapters[slot.path], leaves[slot.path]
@@ -73,6 +70,36 @@ def encode(plan: Plan, adapters: Adapters, names: Names = paths.module_of) -> di
     broken = [f"{key}: NaN or infinite" for key, t in tensors.items() if not _finite(t)]
     raise_all(AdapterError, "these adapters hold values that are not finite", broken)
     return tensors
+
+
+def raise_misfits(plan: Plan, adapters: Adapters) -> None:
+    """Raise unless these adapters are those of the plan, by path, shape and scale.
+
+    Raises:
+        AdapterError: lists everything that differs.
+    """
+    planned = {leaf.name: leaf for leaf in plan.adapted}
+    wanted = planned.keys() | plan.full.keys()
+    found = [f"{path}: planned, but there is no adapter" for path in wanted - adapters.keys()]
+    found += [f"{path}: an adapter, but not planned" for path in adapters.keys() - wanted]
+    for path in wanted & adapters.keys():
+        entry, leaf = adapters[path], planned.get(path)
+        if (leaf is not None) != isinstance(entry, Adapter):
+            kind = "A and B" if leaf else "the whole parameter"
+            found.append(f"{path}: got {type(entry).__name__}, wanted {kind}")
+        elif leaf and isinstance(entry, Adapter):
+            got = (np.shape(entry.a), np.shape(entry.b))
+            if got != (leaf.a_shape, leaf.b_shape):
+                found.append(f"{path}: got A, B {got}, wanted {(leaf.a_shape, leaf.b_shape)}")
+            if entry.scale is None or not np.allclose(entry.scale, leaf.scale, rtol=1e-6, atol=0):
+                found.append(
+                    f"{path}: got scale {entry.scale}, the configuration's is {leaf.scale:g}"
+                )
+        elif isinstance(entry, Full):
+            got, wanted_shape = np.shape(entry.value), tuple(plan.full[path].shape)
+            if got != wanted_shape:
+                found.append(f"{path}: got {got}, wanted {wanted_shape}")
+    raise_all(AdapterError, "these adapters are not those of the plan", sorted(found))
 
 
 def decode(
@@ -160,15 +187,16 @@ def _slots(plan: Plan, leaf: LeafPlan, modules: set[str], names: Names) -> Itera
     for index in itertools.product(*map(range, stacked)):
         name = PREFIX + module.format(*index)
         if leaf.adapted:
-            fan_in = math.prod(pick(leaf.shape, leaf.axes, IN))
-            fan_out = math.prod(pick(leaf.shape, leaf.axes, OUT))
-            yield Slot(f"{name}.{a_name}", leaf.path, "a", index, (leaf.r, fan_in))
-            yield Slot(f"{name}.{b_name}", leaf.path, "b", index, (fan_out, leaf.r))
+            fan_out, fan_in, *window = _file_shape(leaf)
+            ones = (1,) * len(window)
+            yield Slot(f"{name}.{a_name}", leaf.path, "a", index, (leaf.r, fan_in, *window))
+            yield Slot(f"{name}.{b_name}", leaf.path, "b", index, (fan_out, leaf.r, *ones))
         else:
             bias = paths.leaf_name(leaf.path) in paths.BIAS_NAMES
             wrapped = ".base_layer" if bias and paths.module_of(leaf.path) in modules else ""
             key = f"{name}{wrapped}.{'bias' if bias else 'weight'}"
-            yield Slot(key, leaf.path, "value", index, _full_shape(leaf))
+            shape = _file_shape(leaf) if leaf.axes else leaf.shape
+            yield Slot(key, leaf.path, "value", index, shape)
 
 
 def _refuse_what_has_no_place(plan: Plan) -> None:
@@ -182,7 +210,7 @@ def _refuse_what_has_no_place(plan: Plan) -> None:
         )
     kinds = {
         "a range of columns, which PEFT does not know": lambda leaf: leaf.columns is not None,
-        "a convolution, which is not written yet": lambda leaf: bool(leaf.window),
+        "a grouped convolution, where PEFT's A sees all channels": lambda leaf: leaf.groups > 1,
     }
     raise_all(
         AdapterError,
@@ -196,17 +224,44 @@ def _refuse_what_has_no_place(plan: Plan) -> None:
     )
 
 
-def _full_shape(leaf: LeafPlan) -> tuple[int, ...]:
-    if not leaf.axes:
-        return leaf.shape
-    return tuple(math.prod(pick(leaf.shape, leaf.axes, letter)) for letter in (OUT, IN))
+def _file_shape(leaf: LeafPlan) -> tuple[int, ...]:
+    """Return the shape that the file gives a weight: ``(out, in, *window)``."""
+    _, out, in_, window = _in_file_order(leaf)
+    sizes = [[leaf.shape[axis] for axis in axes] for axes in (out, in_, window)]
+    return (math.prod(sizes[0]), math.prod(sizes[1]), *sizes[2])
+
+
+def _in_file_order(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return a weight's axes in the order of the file: stacked, out, in, and the window's."""
+
+    def axes(letter: str, window: bool = False) -> list[int]:
+        return [
+            n
+            for n, own in enumerate(leaf.axes)
+            if own == letter and (n in leaf.window) == (window and letter == IN)
+        ]
+
+    return axes(STACKED), axes(OUT), axes(IN), axes(IN, window=True)
+
+
+def _order(leaf: LeafPlan, part: str) -> list[int]:
+    """Return the axes of A, of B, or of a weight trained in full, in the order of the file."""
+    stacked, out, in_, window = _in_file_order(leaf)
+    if part == "value":
+        return [*stacked, *out, *in_, *window]
+    held = [n for n, letter in enumerate(leaf.axes) if letter == (IN if part == "a" else OUT)]
+    place = {axis: len(stacked) + n + (part == "b") for n, axis in enumerate(held)}
+    rank = len(stacked) + (len(held) if part == "a" else 0)
+    own = (
+        [rank, *(place[n] for n in [*in_, *window])]
+        if part == "a"
+        else [*(place[n] for n in out), rank]
+    )
+    return [*range(len(stacked)), *own]
 
 
 def _to_matrix(whole: np.ndarray, leaf: LeafPlan, slot: Slot) -> np.ndarray:
-    if slot.part == "value":
-        return np.moveaxis(whole, *_grouped(leaf))[slot.index] if leaf.axes else whole
-    one = whole[slot.index]
-    return one.reshape(-1, leaf.r).T if slot.part == "a" else one.reshape(leaf.r, -1).T
+    return whole.transpose(_order(leaf, slot.part))[slot.index] if leaf.axes else whole
 
 
 def _from_matrices(
@@ -214,19 +269,10 @@ def _from_matrices(
 ) -> np.ndarray:
     if part == "value" and not leaf.axes:
         return tensors[parts[0].key]
-    matrices = np.stack([tensors[slot.key] for slot in parts])
-    if part == "value":
-        source, target = _grouped(leaf)
-        shape = tuple(leaf.shape[axis] for axis in source)
-        return np.moveaxis(matrices.reshape(shape), target, source)
-    shape = leaf.a_shape if part == "a" else leaf.b_shape
-    return np.ascontiguousarray(matrices.swapaxes(1, 2)).reshape(shape)
-
-
-def _grouped(leaf: LeafPlan) -> tuple[list[int], list[int]]:
-    """Return the axes in the file's order, stacked, out, in, and where they go."""
-    source = [n for letter in (STACKED, OUT, IN) for n, a in enumerate(leaf.axes) if a == letter]
-    return source, list(range(len(source)))
+    shape = {"a": leaf.a_shape, "b": leaf.b_shape, "value": leaf.shape}[part]
+    order = _order(leaf, part)
+    whole = np.stack([tensors[slot.key] for slot in parts]).reshape([shape[n] for n in order])
+    return np.ascontiguousarray(whole.transpose(np.argsort(order)))
 
 
 def _finite(tensor: np.ndarray) -> bool:

@@ -84,7 +84,8 @@ def while_(call: Call, *operands: Any) -> list[Any]:
         key, carried = state
         key, own = (None, None) if key is None else jax.random.split(key)
         inner, whole = call.params["body_jaxpr"], carry.whole(carried)
-        return key, carry.moving(call.interpret(inner, *for_body, *whole, dropout_key=own))
+        outs = call.interpret(inner, *for_body, *whole, dropout_key=own, part=1)
+        return key, carry.moving(outs)
 
     # The key of the next turn is carried along; None, and so nothing, without dropout.
     start = (call.record.dropout_key, carry.moving(init))
@@ -98,19 +99,20 @@ def cond(call: Call, index: Any, *operands: Any) -> list[Any]:
         raise Unsupported("the weight decides which branch is taken")
     moving = [None if isinstance(value, LoraWeight) else value for value in operands]
 
-    def branch(closed: core.ClosedJaxpr) -> Any:
+    def branch(part: int, closed: core.ClosedJaxpr) -> Any:
         def run(moving: list[Any]) -> list[Any]:
             values = [
                 value if isinstance(value, LoraWeight) else moved
                 for value, moved in zip(operands, moving, strict=True)
             ]
-            outs = call.interpret(closed, *values)
+            outs = call.interpret(closed, *values, part=part)
             _refuse_weights(outs, "a branch returns the weight")
             return outs
 
         return run
 
-    return lax.switch(index, [branch(closed) for closed in call.params["branches"]], moving)
+    branches = [branch(part, closed) for part, closed in enumerate(call.params["branches"])]
+    return lax.switch(index, branches, moving)
 
 
 @rule("shard_map")
@@ -164,7 +166,7 @@ def custom_jvp(call: Call, *operands: Any) -> list[Any]:
 
         primals = [operands[n] for n in smooth]
         closed = jax.make_jaxpr(author)([*map(base_of, primals)], dense)
-        outs = call.interpret(closed, *primals, *dense, dense_gradient=True)
+        outs = call.interpret(closed, *primals, *dense, dense_gradient=True, part=1)
         return outs[: len(outs) // 2], outs[len(outs) // 2 :]
 
     return function(*operands)
@@ -187,7 +189,7 @@ def custom_vjp(call: Call, *operands: Any) -> list[Any]:
 
         primals = [operands[n] for n in smooth]
         closed, shape = jax.make_jaxpr(author, return_shape=True)([*map(base_of, primals)])
-        values = call.interpret(closed, *primals, dense_gradient=True)
+        values = call.interpret(closed, *primals, dense_gradient=True, part=1)
         outs, pullback = jax.tree.unflatten(jax.tree.structure(shape), values)
         return outs, (pullback, operands)
 

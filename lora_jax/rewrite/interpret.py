@@ -37,6 +37,7 @@ class Site:
         dense_gradient: whether an author's derivative around it forms the full ``dW``.
         window: the parameter's axes that slide over the input.
         rows: how many vectors the weight meets here, in all steps of the loops around it.
+        groups: how many groups of channels a convolution keeps apart.
     """
 
     primitive: str
@@ -44,33 +45,41 @@ class Site:
     dense_gradient: bool = False
     window: frozenset[int] = frozenset()
     rows: int = 0
+    groups: int = 1
+
+
+Place = tuple[int, ...]
+"""Where an equation stands: its number in its jaxpr, after those of the calls around it."""
 
 
 @dataclass
 class Record:
-    """What one interpretation met, by the parameter's path and by the equation's identity.
+    """What one interpretation met, by the parameter's path and by the place of the equation.
 
-    A loop body may be traced more than once; the identity keeps its sites from counting twice.
+    A loop body may be traced more than once, and one jaxpr may serve several calls: places count
+    the first once and the second each time.
 
     Args:
         sites: where a parameter is used.
         rejected: where it is used in a way that has no rule, and why.
         together: the parameters that cannot both be adapted, and why.
         formed: the paths whose ``W + s·A·B`` was formed.
-        keep_alive: the equations, so that their identities stay theirs.
         dropout_key: the random key of this interpretation, None for no dropout.
         times: how often the loops around it run it.
-        product: what stands for ``s·(x·A)·B`` at a ``dot_general``.
+        place: the place of the call whose jaxpr this is.
+        calls: the equations of the calls around it.
+    product: Callable[..., Any] = lowrank.add_dot
     """
 
-    sites: dict[str, dict[int, Site]] = field(default_factory=dict)
-    rejected: dict[str, dict[int, str]] = field(default_factory=dict)
-    keep_alive: list[Any] = field(default_factory=list)
+    sites: dict[str, dict[Place, Site]] = field(default_factory=dict)
+    rejected: dict[str, dict[Place, str]] = field(default_factory=dict)
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
     dropout_key: Any = None
     times: int = 1
-    product: Callable[..., Any] = lowrank.dot
+    place: Place = ()
+    calls: tuple[core.JaxprEqn, ...] = ()
+    product: Callable[..., Any] = lowrank.add_dot
 
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""
@@ -100,6 +109,11 @@ class Call:
         return self.eqn.params
 
     @property
+    def place(self) -> Place:
+        """Where the equation stands."""
+        return (*self.record.place, self.index)
+
+    @property
     def jaxpr(self) -> core.ClosedJaxpr:
         """The jaxpr inside a call-like equation."""
         inner = self.params.get("jaxpr", self.params.get("call_jaxpr"))
@@ -116,10 +130,11 @@ class Call:
         contracted: Sequence[int],
         batch: Sequence[int] = (),
         window: Sequence[int] = (),
+        groups: int = 1,
     ) -> None:
         """Record that this equation is a site of the weight, or raise ``Unsupported``.
 
-        The arguments are those of ``use``.
+        The arguments are those of ``use``, and a convolution's number of groups.
         """
         found, name = use(weight, contracted, batch, window), self.eqn.primitive.name
         ends = {*contracted, *batch}
@@ -127,13 +142,12 @@ class Call:
         rows = self.record.times * math.prod(self.out_shape) // max(kept, 1)
         for n, leaf in enumerate(weight.leaves):
             slides = window_axes(weight, window, n)
-            site = Site(name, found[leaf.path], self.dense_gradient, slides, rows)
-            self.record.sites.setdefault(leaf.path, {})[id(self.eqn)] = site
-        self.record.keep_alive.append(self.eqn)
+            site = Site(name, found[leaf.path], self.dense_gradient, slides, rows, groups)
+            self.record.sites.setdefault(leaf.path, {})[self.place] = site
 
     def reject_together(self, one: LoraWeight, other: LoraWeight, why: Unsupported) -> None:
         """Record that not both weights can be adapted."""
-        said = f"{self.eqn.primitive.name}: {why} ({_source(self.eqn)})"
+        said = f"{self.eqn.primitive.name}: {why} ({_source(self)})"
         self.record.together.append((set(one.paths), set(other.paths), said))
 
     def dropped(self, x: Any, weight: LoraWeight, adapter: Adapter) -> tuple[Any, Adapter]:
@@ -150,16 +164,24 @@ class Call:
         *operands: Any,
         dense_gradient: bool = False,
         dropout_key: Any = None,
+        part: int = 0,
     ) -> list[Any]:
         """Run an inner jaxpr with the same record and a key of its own, or that of a loop's step.
 
-        JAX shares one inner jaxpr between the calls of a function; their keys must differ.
+        JAX shares one inner jaxpr between the calls of a function; their keys must differ. Of
+        several inner jaxprs, ``part`` tells which one it is.
         """
         key = self.record.dropout_key if dropout_key is None else dropout_key
         key = None if key is None else jax.random.fold_in(key, self.index)
         dense_gradient |= self.dense_gradient
         turns = self.params["length"] if self.eqn.primitive.name == "scan" else 1
-        record = replace(self.record, dropout_key=key, times=turns * self.record.times)
+        record = replace(
+            self.record,
+            dropout_key=key,
+            times=turns * self.record.times,
+            place=(*self.place, part),
+            calls=(*self.record.calls, self.eqn),
+        )
         return interpret(record, closed, operands, dense_gradient=dense_gradient)
 
     def plain(self, *operands: Any) -> Any:
@@ -248,15 +270,16 @@ def _differ(one: Any, two: Any) -> bool:
 
 def _reject(call: Call, weight: LoraWeight, why: Unsupported) -> None:
     shape = tuple(weight.base.shape)
-    said = f"{call.eqn.primitive.name} of shape {shape}: {why} ({_source(call.eqn)})"
+    said = f"{call.eqn.primitive.name} of shape {shape}: {why} ({_source(call)})"
     for path in weight.paths:
-        call.record.rejected.setdefault(path, {})[id(call.eqn)] = said
-    call.record.keep_alive.append(call.eqn)
+        call.record.rejected.setdefault(path, {})[call.place] = said
 
 
-def _source(eqn: core.JaxprEqn) -> str:
-    """Return file and line of the author's code that an equation came from."""
-    return source_info_util.summarize(eqn.source_info)
+def _source(call: Call) -> str:
+    """Return file and line of the author's code; inside JAX's own functions, of their call."""
+    innermost_first = (call.eqn, *reversed(call.record.calls))
+    known = (source_info_util.summarize(eqn.source_info) for eqn in innermost_first)
+    return next(filter(None, known), "of unknown source")
 
 
 def _last_use(jaxpr: core.Jaxpr) -> dict[Any, int]:

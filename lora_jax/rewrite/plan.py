@@ -41,6 +41,7 @@ class LeafPlan:
         dense_gradient: an author's own derivative forms the full ``dW`` of this weight.
         primitives: the primitives that use the weight, each once.
         window: the axes that slide over the input, as those of a convolution's kernel do.
+        groups: how many groups of channels a convolution keeps apart.
         materialized: why ``W + s·A·B`` is formed; empty where it is not.
         columns: the range of the first ``o`` axis that is adapted; None for all of it.
     """
@@ -55,6 +56,7 @@ class LeafPlan:
     dense_gradient: bool = False
     primitives: tuple[str, ...] = ()
     window: frozenset[int] = frozenset()
+    groups: int = 1
     materialized: str = ""
     columns: tuple[int, int] | None = None
 
@@ -234,7 +236,7 @@ def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Reco
         first, *others = sites.values()
         if odd := [one.letters for one in others if not _fit(first, one)]:
             problem = f"used with axes {first.letters!r} and with axes {odd[0]!r}"
-            record.rejected.setdefault(path, {})[0] = problem
+            record.rejected.setdefault(path, {})[()] = problem
     return record
 
 
@@ -261,6 +263,7 @@ def _decide(
         sites=len(sites),
         primitives=tuple(dict.fromkeys(site.primitive for site in sites)),
         window=frozenset().union(*(site.window for site in sites)),
+        groups=max((site.groups for site in sites), default=1),
     )
     if path not in targets:
         why = TRAINED if path in saved else select.reason(config, path, leaves[path], record)

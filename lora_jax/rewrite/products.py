@@ -35,15 +35,10 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     if weight.planning:
         return y
     x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
-    addend = call.record.product(
-        x,
-        adapter,
-        contract,
-        batch,
-        weight_first=weight_first,
-        precision=call.params["precision"],
+    precision = call.params["precision"]
+    return call.record.product(
+        y, x, adapter, contract, batch, weight_first=weight_first, precision=precision
     )
-    return lowrank.add(y, addend)
 
 
 @rule("conv_general_dilated")
@@ -56,7 +51,7 @@ def conv_general_dilated(call: Call, x: Any, kernel: Any) -> Any:
         raise Unsupported("the batch is grouped, as in the gradient of a grouped convolution")
     # Used the other way round, the channels that are summed over are the adapter's out axis.
     window = spec.rhs_spec[2:]
-    call.site(kernel, spec.rhs_spec[1:], window=window)
+    call.site(kernel, spec.rhs_spec[1:], window=window, groups=groups)
     y = call.plain(x, kernel.base)
     if kernel.planning:
         return y

@@ -47,7 +47,7 @@ def reject_pairs(targets: set[str], record: Record) -> None:
     for n, (one, other, why) in enumerate(record.together):
         if one & targets and other & targets:
             for path in (one | other) & targets:
-                record.rejected.setdefault(path, {})[-1 - n] = why
+                record.rejected.setdefault(path, {})[(-1, n)] = why
 
 
 def saved(config: LoraConfig, leaves: Leaves, targets: set[str]) -> set[str]:

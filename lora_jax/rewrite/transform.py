@@ -80,7 +80,7 @@ def reject_outputs(record: Record, outs: list[Any]) -> None:
     for n, out in enumerate(outs):
         if isinstance(out, LoraWeight):
             for path in out.paths:
-                record.rejected.setdefault(path, {})[-1 - n] = "the function returns it"
+                record.rejected.setdefault(path, {})[(-1 - n,)] = "the function returns it"
 
 
 def reject_unused(record: Record, adapters: Adapters) -> None:

@@ -7,6 +7,7 @@ the axis order in which it reads the weight, and nothing weight-sized is ever fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,7 +79,7 @@ class LoraWeight:
         """Whether axes are still being found out, so that there is no A and B yet."""
         return self.leaves[0].letters is None
 
-    @property
+    @functools.cached_property
     def letters(self) -> str:
         """The adapter's letter for each axis of ``base``."""
         return "".join(self.letter(axes) for axes in self.origin)
@@ -179,6 +180,8 @@ def adapter_at(
     weight: LoraWeight, contracted: Sequence[int] = (), batch: Sequence[int] = ()
 ) -> Adapter:
     """Return the adapter for the weight as it stands, added axes taking their part in the use."""
+    if UNIT not in weight.letters:
+        return Adapter(weight.a, weight.b, weight.scale, weight.letters, weight.dropout)
     summed = next((s for s in (weight.letters[n] for n in contracted) if s in _SWAP), IN)
 
     def letter(axis: int) -> str:
