@@ -7,6 +7,7 @@ from .compressing import resize
 from .config import LoraConfig
 from .errors import LoraError
 from .extracting import extract
+from .inits import initialise, relative_to
 from .many import Stacked, per_example, rescale, select, stack, unstack
 from .merging import merge, merge_report
 from .peft import load_config, load_pretrained, open_adapter, save_pretrained, write_adapter
@@ -28,6 +29,7 @@ __all__ = [
     "combine",
     "extract",
     "frugality",
+    "initialise",
     "load_config",
     "load_pretrained",
     "lora",
@@ -36,6 +38,7 @@ __all__ = [
     "open_adapter",
     "per_example",
     "plan",
+    "relative_to",
     "rename",
     "rescale",
     "resize",

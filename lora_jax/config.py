@@ -46,7 +46,8 @@ class LoraConfig:
         use_rslora: scale by ``alpha / sqrt(r)`` instead of ``alpha / r`` (arXiv 2312.03732).
         use_dora: also train the norm of each output's weights (arXiv 2402.09353).
         init_lora_weights: a name in ``lora_jax.initializers.INITIALIZERS``; ``True`` is PEFT's
-            default (B = 0), ``False`` draws both at random.
+            default (B = 0), ``False`` draws both at random. Or one that ``lora_jax.initialise``
+            makes: ``"pissa"``, ``"olora"``, ``"eva"``, ….
         rank_pattern: r by module-name pattern; the first hit wins over ``r``.
         alpha_pattern: alpha by module-name pattern; the first hit wins over ``lora_alpha``.
         layers_to_transform: the numbers of the layers that are adapted, where ``target_modules``

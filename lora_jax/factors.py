@@ -142,6 +142,8 @@ def misfits(trees: Iterable[Adapters], *, same_rank: bool = False) -> list[str]:
                 continue
             if entry.scale is None or np.ndim(entry.scale):
                 found[f"{path}: scale got {_shape_of(entry.scale)}, wanted one number"] = None
+            if entry.magnitude is not None:
+                found[f"{path}: DoRA's change is not A·B alone; merge it, or leave it out"] = None
             first = firsts.setdefault(path, entry)
             for what, got in _traits(entry, same_rank).items():
                 wanted = _traits(first, same_rank)[what]

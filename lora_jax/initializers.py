@@ -8,6 +8,7 @@ so its bound is ``1/sqrt(r)``.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -88,6 +89,32 @@ INITIALIZERS: dict[bool | str, Initializer] = {
 }
 
 
+# What reads the weight, the data or the gradient is not drawn: `lora_jax.inits.initialise`.
+_CHANGE_BASE = ("olora", "pissa", "corda", "lora_ga", "loftq")
+_KEEP_BASE = ("mica", "eva")
+_NITER = re.compile(r"pissa_niter_([1-9]\d*)")
+
+
+def changes_base(init: bool | str) -> bool:
+    """Tell whether an ``init_lora_weights`` takes something out of the base weight.
+
+    >>> changes_base("pissa_niter_4"), changes_base("mica")
+    (True, False)
+    """
+    return init in _CHANGE_BASE or niter(init) is not None
+
+
+def reads_more(init: bool | str) -> bool:
+    """Tell whether an ``init_lora_weights`` reads more than the weight's shape."""
+    return changes_base(init) or init in _KEEP_BASE
+
+
+def niter(init: bool | str) -> int | None:
+    """Return N of ``"pissa_niter_N"``, None for others."""
+    found = _NITER.fullmatch(init) if isinstance(init, str) else None
+    return int(found[1]) if found else None
+
+
 def for_lookup(init: bool | str) -> str:
     """Return the initialiser of a weight whose rows are looked up, whatever the others get."""
     return "embedding_both" if init is False else "embedding"
@@ -122,14 +149,22 @@ def draw(
     return a.astype(dtype), b.astype(dtype)
 
 
-def init_problems(init: bool | str, r: int) -> list[str]:
+def init_problems(init: bool | str, r: int, *, drawn: bool = True) -> list[str]:
     """Return what is wrong with an ``init_lora_weights`` for this rank.
+
+    Args:
+        init: the name.
+        r: the rank.
+        drawn: whether only those serve that are drawn, as in a layer of its own.
 
     >>> init_problems("orthogonal", 3)
     ["r: got 3, init_lora_weights='orthogonal' wants an even one"]
     """
+    if reads_more(init) and not drawn:
+        return []
     if init not in INITIALIZERS:
-        wanted = ", ".join(map(repr, INITIALIZERS))
+        more = () if drawn else (*_CHANGE_BASE, "pissa_niter_N", *_KEEP_BASE)
+        wanted = ", ".join(map(repr, (*INITIALIZERS, *more)))
         return [f"init_lora_weights: got {init!r}, wanted one of {wanted}"]
     if init == "orthogonal" and r % 2:
         return [f"r: got {r}, init_lora_weights='orthogonal' wants an even one"]

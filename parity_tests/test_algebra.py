@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -196,13 +198,14 @@ def test_names_are_changed_by_mapping_and_by_function():
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda t: scale_by(t, 2.0), ["f: trained in full", "n: scale got None"]),
+        (lambda t: scale_by(t, 2.0), ["f: trained in full", "n: scale got None", "d: DoRA's"]),
         (lambda t: add(t, {"w": draw("oi")}), ["w: axes", "f: trained", "n: scale"]),
         (lambda t: resize(t, {"w": 0, "x": 3}), ["w: got rank 0", "x: no such", "n: scale"]),
     ],
 )
 def test_what_does_not_go_is_listed_at_once(call, said):
     tree = {"w": draw("io"), "f": Full(jnp.ones(3)), "n": draw("io", scale=None)}
+    tree["d"] = dataclasses.replace(draw("io"), magnitude=jnp.ones(7))
     with pytest.raises(AdapterError) as raised:
         call(tree)
     assert all(part in str(raised.value) for part in said)

@@ -185,6 +185,8 @@ BROKEN = {
     "twice": (put("up.lora_embedding_A"), "another kind"),
     "more targets": (targets("embed", "up", "linear", "down"), "'down' has no"),
     "fewer targets": (targets("embed", "up"), "linear: has an adapter, but"),
+    "DoRA": (dict(config={"use_dora": True}), "DoRA's, .* read it with load_pretrained"),
+    "layers": (dict(config={"layers_to_transform": [7]}), "linear: has an adapter, but"),
     "bias": (put("up.lora_B.bias", lambda up: up[0]), "lora_B.bias: unexpected"),
 }
 
@@ -213,6 +215,7 @@ def test_the_writer_refuses_what_the_file_cannot_say(tmp_path):
         "q": Adapter(jnp.ones((3, 4)), jnp.ones((4, 2)), 1.0, "oi"),
         "a.kernel": good,
         "v": Adapter(jnp.ones((6, 3, 4)), jnp.ones((6, 4, 2)), 0.5, "sio"),
+        "d.q": Adapter(jnp.ones((3, 4)), jnp.ones((4, 2)), 0.5, "oi", magnitude=jnp.ones(2)),
         "b.v": Adapter(jnp.ones((3, 2)), jnp.ones((2, 2)), 0.5, "oi"),
     }
     with pytest.raises(AdapterError) as raised:
@@ -222,6 +225,7 @@ def test_the_writer_refuses_what_the_file_cannot_say(tmp_path):
         "a.kernel: a parameter's path",
         "v: got axes 'sio'",
         "b.v: rank",
+        "d.q: DoRA's magnitude",
     ):
         assert said in str(raised.value)
     with pytest.raises(AdapterError, match="NaN"):

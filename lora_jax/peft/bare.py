@@ -57,6 +57,11 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter 
     Source: the file format of PEFT 0.21.2.
     """
     file = load_adapter_file(directory)
+    if file.config.use_dora:
+        raise AdapterError(
+            f"{directory} is DoRA's, which scales the base model's weights: plan the model with "
+            "load_config(directory) and read it with load_pretrained"
+        )
     tensors = read_weights(Path(directory))
     origin = f"{directory} is not a whole adapter"
     halves, full, problems = _sorted(tensors, file)
@@ -157,7 +162,13 @@ def fitted(file: AdapterFile, adapters: Adapters) -> AdapterFile:
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
     )
     if _target_problems(config, pairs):
-        config = replace(config, target_modules=tuple(sorted(pairs)), exclude_modules=None)
+        config = replace(
+            config,
+            target_modules=tuple(sorted(pairs)),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
     return replace(file, config=config)
 
 
@@ -247,7 +258,9 @@ def _target_problems(config: LoraConfig, modules: Iterable[str]) -> list[str]:
     found = [
         f"{module}: has an adapter, but target_modules={targets!r} leaves it out"
         for module in modules
-        if not configs.matches(targets, module) or configs.matches(config.exclude_modules, module)
+        if not configs.matches(targets, module)
+        or not configs.in_chosen_layer(config, module)
+        or configs.matches(config.exclude_modules, module)
     ]
     if not isinstance(targets, str):
         found += [
@@ -262,6 +275,8 @@ def _unwritable(module: str, adapter: Adapter, config: LoraConfig) -> list[str]:
     found = []
     if adapter.axes not in _KEYS or adapter.columns is not None or adapter.a.ndim != 2:
         found.append(f"{module}: got axes {adapter.axes!r}, wanted 'oi' or 'io', and all columns")
+    if adapter.magnitude is not None:
+        found.append(f"{module}: DoRA's magnitude has no place without its model")
     if paths.module_of(module) != module:
         found.append(f"{module}: a parameter's path, wanted the module's name; see `rename`")
     r, alpha = configs.rank_and_alpha(config, module)

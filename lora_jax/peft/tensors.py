@@ -19,6 +19,7 @@ import numpy as np
 from .. import paths
 from ..adapter import IN, OUT, STACKED, Adapter, Adapters, Full, pick
 from ..errors import AdapterError, raise_all
+from ..initializers import changes_base
 from ..rewrite import LeafPlan, Plan
 
 PREFIX = "base_model.model."
@@ -205,6 +206,13 @@ def _slots(plan: Plan, leaf: LeafPlan, modules: set[str], names: Names) -> Itera
 
 def _refuse_what_has_no_place(plan: Plan) -> None:
     """Raise for adapters that PEFT's file, or this version of ours, has no tensors for."""
+    init = plan.config.init_lora_weights
+    if changes_base(init):
+        raise AdapterError(
+            f"init_lora_weights={init!r} changed the base, and a file is for the original one: "
+            "save what lora_jax.inits.relative_to(plan, original, adapters) returns; in PEFT, "
+            "save with path_initial_model_for_weight_conversion"
+        )
     kinds = {
         "a range of columns, which PEFT does not know": lambda leaf: leaf.columns is not None,
         "a grouped convolution, where PEFT's A sees all channels": lambda leaf: leaf.groups > 1,

@@ -7,7 +7,7 @@ rule each. What the rules meet is recorded: where a weight is used, and where it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +68,8 @@ class Record:
         times: how often the loops around it run it.
         place: the place of the call whose jaxpr this is.
         calls: the equations of the calls around it.
+        product: what forms ``y + s·(x·A)·B`` at a product's site; initialisations that read the
+            inputs put a probe there.
     """
 
     sites: dict[str, dict[Place, Site]] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Record:
     times: int = 1
     place: Place = ()
     calls: tuple[core.JaxprEqn, ...] = ()
+    product: Callable[..., Any] = lowrank.add_dot
 
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""

@@ -17,7 +17,7 @@ from .. import lowrank, paths
 from ..adapter import IN, OUT, Adapter, Full, a_shape, b_shape, magnitude_shape, part_shape
 from ..config import LoraConfig
 from ..errors import ConfigError, raise_all
-from ..initializers import draw, fold_in_path, for_lookup, init_problems
+from ..initializers import draw, fold_in_path, for_lookup, init_problems, reads_more
 from . import select
 from .interpret import Record, Site, interpret
 from .table import render
@@ -157,7 +157,15 @@ class Plan:
         Args:
             key: the random key.
             dtype: of A and B; float32 beside a base of any dtype, as in PEFT.
+
+        Raises:
+            ConfigError: the initialisation reads more than shapes, as ``"pissa"`` does.
         """
+        if reads_more(self.config.init_lora_weights):
+            raise ConfigError(
+                f"init_lora_weights={self.config.init_lora_weights!r} reads the weights: use "
+                "base, adapters = lora_jax.inits.initialise(plan, params, key), and that base"
+            )
         adapters: dict[str, Adapter | Full] = {}
         for leaf in self.adapted:
             init, own = self.config.init_lora_weights, fold_in_path(key, leaf.name)
@@ -175,7 +183,8 @@ class Plan:
         """Return the adapters' shapes and dtypes without drawing them."""
 
         def init(key: Any, full: Any, normed: Any) -> dict[str, Adapter | Full]:
-            return replace(self, full=full, normed=normed).init(key, dtype)
+            drawn = replace(self.config, init_lora_weights=True)
+            return replace(self, config=drawn, full=full, normed=normed).init(key, dtype)
 
         return jax.eval_shape(init, jax.random.key(0), dict(self.full), dict(self.normed))
 
@@ -311,5 +320,9 @@ def _check_slices(rows: tuple[LeafPlan, ...]) -> None:
 
 def _check_inits(config: LoraConfig, rows: tuple[LeafPlan, ...]) -> None:
     init = config.init_lora_weights
-    problems = {f"{row.path}: {p}" for row in rows for p in init_problems(init, row.r)}
+    problems = {
+        f"{row.path}: {problem}"
+        for row in rows
+        for problem in init_problems(init, row.r, drawn=False)
+    }
     raise_all(ConfigError, "this configuration cannot be applied", sorted(problems))

@@ -38,7 +38,7 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     if weight.gain is not None:
         return _dora_dot(call, y, x, weight, *options)
     x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
-    return lowrank.add_dot(y, x, adapter, *options)
+    return call.record.product(y, x, adapter, *options)
 
 
 def _dora_dot(
@@ -51,7 +51,7 @@ def _dora_dot(
         return call.plain(weight.base, x) if weight_first else call.plain(x, weight.base)
 
     def whole(y: Any, x: Any, adapter: Any) -> Any:
-        return lowrank.add_dot(y, x, adapter, contract, batch, *options)
+        return call.record.product(y, x, adapter, contract, batch, *options)
 
     adapter = adapter_at(weight, contract[1], batch[1])
     gain, letters = gain_at(weight, contract[1], batch[1])
