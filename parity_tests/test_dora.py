@@ -13,6 +13,7 @@ from lora_jax import Adapter, LoraConfig, lora, lowrank, merge, plan
 from lora_jax.errors import PlanError
 from parity_tests import laws, subjects, subjects_products, subjects_structure
 from parity_tests.laws import random_adapters, relative
+from parity_tests.tiers import cases
 
 # Authors' derivatives and groups of rows have no rule for DoRA; a join along an in axis would
 # need a norm for each part of the sum.
@@ -51,12 +52,7 @@ QUICK = (
 
 @pytest.mark.parametrize("law", [laws.merging, laws.gradient], ids=lambda law: law.__name__)
 @pytest.mark.parametrize(
-    "subject",
-    [
-        pytest.param(s, id=s.name, marks=[pytest.mark.slow] * (s.name not in QUICK))
-        for s in SUBJECTS
-        if s.name not in REFUSED
-    ],
+    "subject", cases([s for s in SUBJECTS if s.name not in REFUSED], quick=QUICK)
 )
 def test_law(law, subject):
     with laws.quick_compilation():

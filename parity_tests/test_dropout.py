@@ -18,6 +18,7 @@ from jax import lax
 from lora_jax import Adapter, lora
 from parity_tests import subjects
 from parity_tests.laws import loss, planned, random_adapters, relative
+from parity_tests.tiers import cases
 
 ROWS, D, RATE = 6, 16, 0.5
 KEY = jax.random.key(3)
@@ -172,7 +173,13 @@ def test_dropout_leaves_the_base_path_alone(name):
     np.testing.assert_array_equal(np.asarray(out), np.asarray(base))
 
 
-@pytest.mark.parametrize("name", ["heads_in", "tied", "remat", "scan_remat", "scan_in_scan"])
+@pytest.mark.parametrize(
+    "name",
+    cases(
+        ["heads_in", "tied", "remat", "scan_remat", "scan_in_scan"],
+        quick=("heads_in", "scan_in_scan"),
+    ),
+)
 def test_the_gradient_is_that_of_the_masks_of_the_forward_pass(name):
     """Reverse mode, which may compute a mask again, agrees with forward mode, which does not."""
     subject = next(s for s in subjects.ALL if s.name == name)

@@ -19,6 +19,7 @@ from flax.core import freeze
 from lora_jax import linen
 from parity_tests import laws
 from parity_tests.model_subjects import Built, Model, drawn, normal
+from parity_tests.tiers import cases
 
 N, T, D, HEADS, FFN = 3, 4, 6, 2, 10
 
@@ -173,18 +174,13 @@ SUBJECTS = [
 ]
 
 
-# The operations have these two in the default suite.
-SLOW = (laws.frugality, laws.transforms)
+# The operations have these two laws in the default suite, and other models these two ways.
+SLOW = ("frugality", "transforms")
+TWINS = ("linen_frozen_dict", "nnx_attention", "eqx_attention")
 
 
-@pytest.mark.parametrize(
-    "law",
-    [
-        pytest.param(law, id=law.__name__, marks=[pytest.mark.slow] * (law in SLOW))
-        for law in laws.ALL
-    ],
-)
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+@pytest.mark.parametrize("law", cases(laws.ALL, slow=SLOW, name=lambda law: law.__name__))
+@pytest.mark.parametrize("subject", cases(SUBJECTS, slow=TWINS))
 def test_law(law, subject):
     # What is compiled is looked at, or compared bit by bit.
     whole = law in (laws.identity, laws.frugality)

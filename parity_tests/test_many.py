@@ -33,6 +33,7 @@ from lora_jax.adapter import a_shape, b_shape
 from parity_tests import subjects
 from parity_tests.laws import loss, relative
 from parity_tests.subjects import Subject
+from parity_tests.tiers import cases
 
 NAMED = {subject.name: subject for subject in subjects.ALL}
 KINDS = [NAMED[name] for name in ("dense", "heads_out", "two_targets", "scan", "experts")]
@@ -119,7 +120,7 @@ def train(subject, adapters, scales, rate, params, x):
     return trained, history
 
 
-@pytest.mark.parametrize("subject", KINDS, ids=str)
+@pytest.mark.parametrize("subject", cases(KINDS, slow=("scan", "experts", "heads_out")))
 def test_training_together_is_training_apart(subject):
     with jax.enable_x64(True):
         params, x = subject.draw(np.float64)

@@ -8,14 +8,12 @@ import pytest
 
 from lora_jax import lora
 from parity_tests import laws, third_party
+from parity_tests.tiers import cases
 
 # Near twins of models in the default suite, which op-by-op compilation would double in time.
 SLOW = ("gpt2", "marian", "mistral", "gemma", "gpt_neo", "clip", "haiku_lstm")
 
-SUBJECTS = [
-    pytest.param(subject, id=subject.name, marks=[pytest.mark.slow] * (subject.name in SLOW))
-    for subject in third_party.ALL
-]
+SUBJECTS = cases(third_party.ALL, slow=SLOW)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

@@ -1,0 +1,29 @@
+"""Every configuration of PEFT's that is supported, on every family, in both directions."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from parity_tests import conformance
+from parity_tests.tiers import cases
+
+QUICK = (
+    "rank_pattern, alpha_pattern-gpt2",
+    "bias=all-bert",
+    "modules_to_save-vit",
+    "use_dora-resnet",
+)
+
+
+@pytest.mark.parametrize("cell", cases(conformance.CELLS, quick=QUICK, name="-".join))
+def test_cell(cell, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, about defaults that the cells choose
+        conformance.check_cell(*cell, tmp_path)
+
+
+def test_the_page_has_every_cell():
+    page = conformance.PAGE.read_text()
+    assert page == conformance.page({cell: conformance.passed(*cell) for cell in conformance.CELLS})
