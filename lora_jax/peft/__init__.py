@@ -3,10 +3,12 @@
 from .bare import fitted, open_adapter, write_adapter
 from .config_json import AdapterFile
 from .files import load_adapter_file, load_config, load_pretrained, save_pretrained
+from .strict import LoadReport
 from .tensors import decode, encode
 
 __all__ = [
     "AdapterFile",
+    "LoadReport",
     "decode",
     "encode",
     "fitted",
