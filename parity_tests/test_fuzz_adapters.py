@@ -294,6 +294,7 @@ def bare(directory, plans):
 def check(files, directory, plans):
     """Return how many readers took the file; fail unless each refused it or read it rightly."""
     for name, content in files.items():
+        (directory / name).unlink(missing_ok=True)  # cutting a file short waits for the disk
         (directory / name).write_bytes(content)
     taken = 0
     for read in (by_the_fixed_plan, by_its_own_plan, bare):

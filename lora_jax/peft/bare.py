@@ -19,6 +19,7 @@ from ..adapter import Adapter, Adapters, Full, rank
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from .config_json import AdapterFile
+from .download import located
 from .files import load_adapter_file, read_weights, write_directory
 from .strict import target_problems
 from .tensors import PREFIX
@@ -41,7 +42,7 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter 
     """Read a PEFT directory by itself: no model, no plan; all of it or nothing.
 
     Args:
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``; or a hub id.
 
     Returns:
         What the configuration says, and the adapters by PyTorch module name, A ``(in, r)`` and
@@ -57,13 +58,14 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter 
 
     Source: the file format of PEFT 0.21.2.
     """
+    directory = located(directory)
     file = load_adapter_file(directory)
     if file.config.use_dora:
         raise AdapterError(
             f"{directory} is DoRA's, which scales the base model's weights: plan the model with "
             "load_config(directory) and read it with load_pretrained"
         )
-    tensors = read_weights(Path(directory))
+    tensors = read_weights(directory)
     origin = f"{directory} is not a whole adapter"
     halves, full, problems = _sorted(tensors, file)
     problems += [p for module, found in halves.items() for p in _pair_problems(module, found, file)]

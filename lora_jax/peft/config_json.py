@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..config import LoraConfig
@@ -163,20 +164,23 @@ def parse(content: bytes) -> tuple[Any, list[str]]:
         ValueError: not JSON, too deep, or a number that JSON does not have, such as NaN.
     """
     twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(name for name, _ in pairs)
-        twice.extend(name for name, count in counts.items() if count > 1)
-        return dict(pairs)
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON's")
-
     try:
-        found = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=constant)
+        found = json.loads(
+            content.decode(), object_pairs_hook=partial(_unique, twice), parse_constant=_refuse
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return found, twice
+
+
+def _unique(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(name for name, _ in pairs)
+    twice.extend(name for name, count in counts.items() if count > 1)
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON's")
 
 
 def _problems(fields: Mapping[str, Any]) -> list[str]:

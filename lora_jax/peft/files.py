@@ -19,11 +19,9 @@ from ..files import output_directory, write_atomic
 from ..rewrite import Plan
 from . import config_json, tensors
 from .config_json import AdapterFile
+from .download import CONFIG_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
 from .strict import LoadReport, config_problems, fitting, header_problem
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def save_pretrained(
@@ -110,7 +108,8 @@ def load_pretrained(
     """Read the adapters of a PEFT directory, all of it or nothing.
 
     Args:
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``. A string that
+            names no directory may be a hub id, ``user/repo`` or ``user/repo@revision``.
         plan: the plan for the model, made from ``load_config(directory)``.
         names: the PyTorch module name of a path, as when saving.
         strict: False loads the adapters that fit, warns of everything else, and returns the
@@ -121,8 +120,9 @@ def load_pretrained(
             tensors that are missing, unexpected, misshapen, not finite, or the base model's;
             ranks, scales or targets that are not the plan's. Everything is listed.
     """
+    directory = located(directory)
     config = load_config(directory)
-    adapters, unfit = tensors.decode_what_fits(plan, read_weights(Path(directory)), names)
+    adapters, unfit = tensors.decode_what_fits(plan, read_weights(directory), names)
     problems = config_problems(config, plan, names) + unfit
     if strict:
         raise_all(AdapterError, f"{directory} does not fit the model and its plan", problems)
@@ -141,7 +141,7 @@ def load_pretrained(
 
 
 def load_config(directory: str | Path) -> LoraConfig:
-    """Return the configuration of a PEFT directory, to plan with.
+    """Return the configuration of a PEFT directory, or a hub id, to plan with.
 
     Raises:
         AdapterError: the file is missing, unreadable, or asks for what is not supported.
@@ -155,7 +155,7 @@ def load_adapter_file(directory: str | Path) -> AdapterFile:
     Raises:
         AdapterError: as ``load_config``.
     """
-    path = Path(directory) / CONFIG_NAME
+    path = located(directory, CONFIG_NAME) / CONFIG_NAME
     try:
         content = path.read_bytes()
     except OSError as error:
