@@ -157,6 +157,15 @@ def flip_in_the_data(rng, content, config):
     return content[:start] + flip(rng, content[start:] or b" ", config)
 
 
+def poison(rng, content, config):
+    """Put NaN or infinity in the place of numbers; every half of these bytes is one, too."""
+    if config:
+        return content.replace(b"3", pick(rng, [b"NaN", b"Infinity", b"1e999"]), 1)
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    place = start + 4 * int(rng.integers((len(content) - start) // 4))
+    return content[:place] + pick(rng, [b"\xff\xff" * 2, b"\x80\x7f" * 2]) + content[place + 4 :]
+
+
 def cut(rng, content, config):
     return content[: rng.integers(len(content))]
 
@@ -227,7 +236,7 @@ def pick(rng, values):
     return values[rng.integers(len(values))]
 
 
-MUTATIONS = [flip, flip_in_the_data, cut, splice, overwrite, edit, edit, edit, claim]
+MUTATIONS = [flip, flip_in_the_data, poison, cut, splice, overwrite, edit, edit, edit, claim]
 
 
 def mutate(rng, files):

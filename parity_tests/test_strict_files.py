@@ -167,6 +167,7 @@ CONFIGS = {
         ["q: said twice"],
     ),
     "NaN": (b'{"peft_type": "LORA", "lora_alpha": NaN}', ["NaN is no number"]),
+    "a number that is infinite": (b'{"peft_type": "LORA", "qalora_group_size": 1e999}', ["1e999"]),
     "nested too deeply": (b"[" * 200_000, ["nested too deeply"]),
     "an endless number": (b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}", ["not JSON"]),
     "an alpha beyond floats": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -166,7 +167,10 @@ def parse(content: bytes) -> tuple[Any, list[str]]:
     twice: list[str] = []
     try:
         found = json.loads(
-            content.decode(), object_pairs_hook=partial(_unique, twice), parse_constant=_refuse
+            content.decode(),
+            object_pairs_hook=partial(_unique, twice),
+            parse_constant=_refuse,
+            parse_float=_number,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -177,6 +181,10 @@ def _unique(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts = Counter(name for name, _ in pairs)
     twice.extend(name for name, count in counts.items() if count > 1)
     return dict(pairs)
+
+
+def _number(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text)
 
 
 def _refuse(constant: str) -> Any:
