@@ -10,7 +10,15 @@ from .extracting import extract
 from .inits import initialise, relative_to
 from .many import Stacked, per_example, rescale, select, stack, unstack
 from .merging import merge, merge_report
-from .peft import load_config, load_pretrained, open_adapter, save_pretrained, write_adapter
+from .peft import (
+    load_config,
+    load_pretrained,
+    model_card,
+    open_adapter,
+    push_to_hub,
+    save_pretrained,
+    write_adapter,
+)
 from .rewrite import Frugality, Plan, frugality, lora, plan
 
 __version__ = "0.1.0"
@@ -35,9 +43,11 @@ __all__ = [
     "lora",
     "merge",
     "merge_report",
+    "model_card",
     "open_adapter",
     "per_example",
     "plan",
+    "push_to_hub",
     "relative_to",
     "rename",
     "rescale",

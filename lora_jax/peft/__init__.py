@@ -3,17 +3,22 @@
 from .bare import fitted, open_adapter, write_adapter
 from .config_json import AdapterFile
 from .files import load_adapter_file, load_config, load_pretrained, save_pretrained
+from .hub import model_card, push_to_hub
+from .strict import LoadReport
 from .tensors import decode, encode
 
 __all__ = [
     "AdapterFile",
+    "LoadReport",
     "decode",
     "encode",
     "fitted",
     "load_adapter_file",
     "load_config",
     "load_pretrained",
+    "model_card",
     "open_adapter",
+    "push_to_hub",
     "save_pretrained",
     "write_adapter",
 ]

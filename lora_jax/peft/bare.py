@@ -19,7 +19,9 @@ from ..adapter import Adapter, Adapters, Full, rank
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from .config_json import AdapterFile
+from .download import located
 from .files import load_adapter_file, read_weights, write_directory
+from .strict import target_problems
 from .tensors import PREFIX
 
 T = TypeVar("T")
@@ -40,7 +42,7 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter 
     """Read a PEFT directory by itself: no model, no plan; all of it or nothing.
 
     Args:
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``; or a hub id.
 
     Returns:
         What the configuration says, and the adapters by PyTorch module name, A ``(in, r)`` and
@@ -56,18 +58,18 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter 
 
     Source: the file format of PEFT 0.21.2.
     """
+    directory = located(directory)
     file = load_adapter_file(directory)
     if file.config.use_dora:
         raise AdapterError(
             f"{directory} is DoRA's, which scales the base model's weights: plan the model with "
             "load_config(directory) and read it with load_pretrained"
         )
-    tensors = read_weights(Path(directory))
+    tensors = read_weights(directory)
     origin = f"{directory} is not a whole adapter"
     halves, full, problems = _sorted(tensors, file)
-    raise_all(AdapterError, origin, sorted(problems))
-    problems = [p for module, found in halves.items() for p in _pair_problems(module, found, file)]
-    problems += _target_problems(file.config, halves)
+    problems += [p for module, found in halves.items() for p in _pair_problems(module, found, file)]
+    problems += target_problems(file.config, halves)
     raise_all(AdapterError, origin, sorted(problems))
     adapters: dict[str, Adapter | Full] = {}
     for module, found in halves.items():
@@ -117,7 +119,7 @@ def write_adapter(
         for name, one in pairs.items()
         if one.axes == LOOKED_UP and name not in embeddings
     ]
-    problems += _target_problems(file.config, pairs)
+    problems += target_problems(file.config, pairs)
     raise_all(AdapterError, "these adapters do not fit their configuration", sorted(problems))
     tensors = {}
     for name, one in adapters.items():
@@ -161,7 +163,7 @@ def fitted(file: AdapterFile, adapters: Adapters) -> AdapterFile:
         rank_pattern={name: n for name, n in ranks.items() if n != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
     )
-    if _target_problems(config, pairs):
+    if target_problems(config, pairs):
         config = replace(
             config,
             target_modules=tuple(sorted(pairs)),
@@ -248,27 +250,6 @@ def _pair_problems(module: str, found: Mapping[str, Any], file: AdapterFile) -> 
         elif shape[axis] != r:
             problems.append(f"{key}: got {shape}, wanted rank {r} on axis {axis}")
     return problems
-
-
-def _target_problems(config: LoraConfig, modules: Iterable[str]) -> list[str]:
-    """Return where ``target_modules`` and the modules that have adapters disagree."""
-    modules, targets = list(modules), config.target_modules
-    if targets is None or targets == configs.ALL_LINEAR:
-        return []
-    found = [
-        f"{module}: has an adapter, but target_modules={targets!r} leaves it out"
-        for module in modules
-        if not configs.matches(targets, module)
-        or not configs.in_chosen_layer(config, module)
-        or configs.matches(config.exclude_modules, module)
-    ]
-    if not isinstance(targets, str):
-        found += [
-            f"target_modules: {name!r} has no adapter"
-            for name in targets
-            if not any(configs.matches([name], module) for module in modules)
-        ]
-    return found
 
 
 def _unwritable(module: str, adapter: Adapter, config: LoraConfig) -> list[str]:

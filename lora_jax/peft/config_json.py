@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import warnings
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..config import LoraConfig
@@ -52,6 +56,7 @@ _FREE = {
     "peft_version",
     "qalora_group_size",
     "revision",
+    "runtime_config",
     "task_type",
 }
 
@@ -64,6 +69,13 @@ _LOCAL = ("on_unsupported", "output_slices")
 _OWN = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _LOCAL)
 
 
+# What AdapterFile has a place for beside the configuration.
+_RECORDED = {"base_model_name_or_path", "peft_type", "peft_version", "task_type"}
+
+# Every field of PEFT 0.21.2's LoraConfig; its last one is not written.
+KNOWN = frozenset((*_OWN, *OTHER_DEFAULTS, "runtime_config"))
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """What ``adapter_config.json`` says.
@@ -72,15 +84,22 @@ class AdapterFile:
         config: the configuration.
         base_model: the model that the adapter was trained on, if recorded.
         task_type: PEFT's task type, such as ``"SEQ_CLS"``, if recorded.
+        peft_version: the version of PEFT that wrote the file, or whose format it has.
+        other: every field that says nothing to this library, as it was: written back unchanged.
+            Among them are those that a newer PEFT than 0.21.2 may have added.
     """
 
     config: LoraConfig
     base_model: str | None = None
     task_type: str | None = None
+    peft_version: str | None = OTHER_DEFAULTS["peft_version"]
+    other: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode(file: AdapterFile) -> bytes:
     """Return the file's bytes: every field PEFT writes, sorted, so equal inputs give equal bytes.
+
+    Patterns keep their order, since the first hit wins; PEFT sorts them, too.
 
     >>> from lora_jax import LoraConfig
     >>> decode(encode(AdapterFile(LoraConfig(r=4)))).config.r
@@ -89,49 +108,105 @@ def encode(file: AdapterFile) -> bytes:
     own = {name: _plain(getattr(file.config, name)) for name in _OWN}
     if own["init_lora_weights"] not in _PEFT_INITS:
         own["init_lora_weights"] = True
-    recorded = {"base_model_name_or_path": file.base_model, "task_type": file.task_type}
-    fields = OTHER_DEFAULTS | own | recorded
-    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+    recorded = {
+        "base_model_name_or_path": file.base_model,
+        "peft_version": file.peft_version,
+        "task_type": file.task_type,
+    }
+    fields = OTHER_DEFAULTS | dict(file.other) | own | recorded
+    return (json.dumps(dict(sorted(fields.items())), indent=2) + "\n").encode()
 
 
 def decode(content: bytes, origin: str = "adapter_config.json") -> AdapterFile:
-    """Return what the bytes say.
+    """Return what the bytes say; warn of fields that PEFT 0.21.2 does not have, and keep them.
 
     Args:
         content: the file.
         origin: its name, for messages.
 
     Raises:
-        AdapterError: not JSON, not a LoRA adapter, or fields whose effect would be lost:
-            all of them are listed.
+        AdapterError: not JSON, a name said twice, not a LoRA adapter, or fields whose effect
+            would be lost: all of them are listed.
     """
     try:
-        fields = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        fields, twice = parse(content)
+    except ValueError as error:
         raise AdapterError(f"{origin} is not JSON: {error}. Save the adapter again.") from error
     if not isinstance(fields, Mapping):
         raise AdapterError(f"{origin}: got a JSON {type(fields).__name__}, wanted an object")
-    raise_all(AdapterError, f"{origin} asks for what is not supported", _problems(fields))
+    problems = [f"{name}: said twice" for name in twice] + _problems(fields)
+    raise_all(AdapterError, f"{origin} asks for what is not supported", problems)
     try:
         config = LoraConfig(**{name: fields[name] for name in _OWN if name in fields})
     except (ConfigError, TypeError, AttributeError) as error:
         raise AdapterError(f"{origin}: {error}") from error
-    return AdapterFile(config, fields.get("base_model_name_or_path"), fields.get("task_type"))
+    if newer := sorted(fields.keys() - KNOWN):
+        warnings.warn(
+            f"{origin} has fields that PEFT 0.21.2 does not know; they are kept and change "
+            f"nothing here, so check that they may be ignored: {', '.join(newer)}",
+            stacklevel=2,
+        )
+    return AdapterFile(
+        config,
+        fields.get("base_model_name_or_path"),
+        fields.get("task_type"),
+        fields.get("peft_version"),
+        {name: fields[name] for name in fields if name not in _OWN and name not in _RECORDED},
+    )
+
+
+def parse(content: bytes) -> tuple[Any, list[str]]:
+    """Return what JSON bytes say, strictly, and the names that one of its objects says twice.
+
+    >>> parse(b'{"r": 8, "r": 4}')
+    ({'r': 4}, ['r'])
+
+    Raises:
+        ValueError: not JSON, too deep, or a number that JSON does not have, such as NaN.
+    """
+    twice: list[str] = []
+    try:
+        found = json.loads(
+            content.decode(),
+            object_pairs_hook=partial(_unique, twice),
+            parse_constant=_refuse,
+            parse_float=_number,
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return found, twice
+
+
+def _unique(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(name for name, _ in pairs)
+    twice.extend(name for name, count in counts.items() if count > 1)
+    return dict(pairs)
+
+
+def _number(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON's")
 
 
 def _problems(fields: Mapping[str, Any]) -> list[str]:
     found = []
     if fields.get("peft_type") != "LORA":
         found.append(f"peft_type: got {fields.get('peft_type')!r}, wanted 'LORA'")
-    for name, value in fields.items():
-        if name in _OWN or name in _FREE or name == "peft_type":
+    for name, default in OTHER_DEFAULTS.items():
+        value = fields.get(name)
+        if name in _FREE or name == "peft_type":
             continue
-        default = OTHER_DEFAULTS.get(name)
         if value != default and value not in (None, False, [], {}):
             found.append(f"{name}: got {value!r}, wanted {default!r}")
     for name, kinds in _KINDS.items():
-        if name in fields and not isinstance(fields[name], kinds):
-            found.append(f"{name}: got {fields[name]!r}")
+        value = fields.get(name)
+        if name in fields and not isinstance(value, kinds):
+            found.append(f"{name}: got {value!r}")
+        elif isinstance(value, list) and not all(type(one) is _ELEMENTS[name] for one in value):
+            found.append(f"{name}: got {value!r}, wanted only {_ELEMENTS[name].__name__}")
     return found
 
 
@@ -152,6 +227,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "init_lora_weights": (bool, str),
     "bias": (str,),
     "base_model_name_or_path": (str, type(None)),
+    "peft_version": (str, type(None)),
+    "task_type": (str, type(None)),
+}
+_ELEMENTS: dict[str, type] = {
+    "target_modules": str,
+    "exclude_modules": str,
+    "modules_to_save": str,
+    "layers_to_transform": int,
+    "layers_pattern": str,
 }
 
 

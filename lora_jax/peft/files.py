@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import safetensors
@@ -17,13 +19,9 @@ from ..files import output_directory, write_atomic
 from ..rewrite import Plan
 from . import config_json, tensors
 from .config_json import AdapterFile
+from .download import CONFIG_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-# What decides the numbers beside the tensors; the targets show in the tensors' names.
-_DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+from .strict import LoadReport, config_problems, fitting, header_problem
 
 
 def save_pretrained(
@@ -84,32 +82,66 @@ def write_directory(
     return directory
 
 
+@overload
 def load_pretrained(
-    directory: str | Path, plan: Plan, *, names: tensors.Names = paths.module_of
-) -> dict[str, Adapter | Full]:
+    directory: str | Path,
+    plan: Plan,
+    *,
+    names: tensors.Names = ...,
+    strict: Literal[True] = ...,
+) -> dict[str, Adapter | Full]: ...
+
+
+@overload
+def load_pretrained(
+    directory: str | Path, plan: Plan, *, names: tensors.Names = ..., strict: Literal[False]
+) -> tuple[dict[str, Adapter | Full], LoadReport]: ...
+
+
+def load_pretrained(
+    directory: str | Path,
+    plan: Plan,
+    *,
+    names: tensors.Names = paths.module_of,
+    strict: bool = True,
+) -> dict[str, Adapter | Full] | tuple[dict[str, Adapter | Full], LoadReport]:
     """Read the adapters of a PEFT directory, all of it or nothing.
 
     Args:
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``. A string that
+            names no directory may be a hub id, ``user/repo`` or ``user/repo@revision``.
         plan: the plan for the model, made from ``load_config(directory)``.
         names: the PyTorch module name of a path, as when saving.
+        strict: False loads the adapters that fit, warns of everything else, and returns the
+            adapters and a ``LoadReport``. Files that cannot be read are refused either way.
 
     Raises:
-        AdapterError: a file is missing or unreadable, or anything in it does not fit the plan;
-            everything that does not fit is listed.
+        AdapterError: a file is missing or unreadable, or anything in it does not fit the plan:
+            tensors that are missing, unexpected, misshapen, not finite, or the base model's;
+            ranks, scales or targets that are not the plan's. Everything is listed.
     """
+    directory = located(directory)
     config = load_config(directory)
-    differing = [
-        f"{name}: the file has {getattr(config, name)!r}, the plan {getattr(plan.config, name)!r}"
-        for name in _DECISIVE
-        if getattr(config, name) != getattr(plan.config, name)
-    ]
-    raise_all(AdapterError, "the plan was made from another configuration", differing)
-    return tensors.decode(plan, read_weights(Path(directory)), names)
+    adapters, unfit = tensors.decode_what_fits(plan, read_weights(directory), names)
+    problems = config_problems(config, plan, names) + unfit
+    if strict:
+        raise_all(AdapterError, f"{directory} does not fit the model and its plan", problems)
+        return adapters
+    planned = {leaf.path: leaf for leaf in plan.adapted}
+    fit = {
+        path: one
+        for path, one in adapters.items()
+        if path not in planned or fitting(config, planned[path])
+    }
+    left_out = sorted((planned.keys() | plan.full.keys()) - fit.keys())
+    report = LoadReport(tuple(left_out), tuple(problems))
+    if problems:
+        warnings.warn(f"{directory}: {report}", stacklevel=2)
+    return fit, report
 
 
 def load_config(directory: str | Path) -> LoraConfig:
-    """Return the configuration of a PEFT directory, to plan with.
+    """Return the configuration of a PEFT directory, or a hub id, to plan with.
 
     Raises:
         AdapterError: the file is missing, unreadable, or asks for what is not supported.
@@ -123,7 +155,7 @@ def load_adapter_file(directory: str | Path) -> AdapterFile:
     Raises:
         AdapterError: as ``load_config``.
     """
-    path = Path(directory) / CONFIG_NAME
+    path = located(directory, CONFIG_NAME) / CONFIG_NAME
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -146,9 +178,11 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
         hint = " adapter_model.bin is a pickle, which is never read: save it again as safetensors."
         raise AdapterError(f"{path} is missing.{hint if pickled else ''}")
     try:
+        if problem := header_problem(path):
+            raise ValueError(problem)
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
             f"{path} is not a whole safetensors file: {error}. Copy or save it again."
         ) from error

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -117,22 +118,30 @@ def decode(
     Raises:
         AdapterError: lists every missing, unexpected, misshapen and non-finite tensor.
     """
+    adapters, problems = decode_what_fits(plan, tensors, names)
+    raise_all(AdapterError, "this adapter file does not fit the model", problems)
+    return adapters
+
+
+def decode_what_fits(
+    plan: Plan, tensors: Mapping[str, np.ndarray], names: Names = paths.module_of
+) -> tuple[dict[str, Adapter | Full], list[str]]:
+    """Return the adapters whose tensors are all there and fit, and everything else as problems.
+
+    Raises:
+        AdapterError: the plan has adapters that files have no tensors for.
+    """
     _refuse_what_has_no_place(plan)
     expected = {slot.key: slot for slot in slots(plan, names)}
     tensors = {key: t for key, t in tensors.items() if not _said_twice(key, tensors, expected)}
-    problems = [
-        f"{key}: missing, wanted {expected[key].shape}" for key in expected.keys() - tensors
-    ]
-    problems += [f"{key}: unexpected" for key in tensors.keys() - expected.keys()]
+    found = {
+        key: f"{key}: missing, wanted {expected[key].shape}" for key in expected.keys() - tensors
+    }
     for key in expected.keys() & tensors.keys():
-        got, wanted = tuple(tensors[key].shape), expected[key].shape
-        if got != wanted:
-            problems.append(f"{key}: got {got}, wanted {wanted}")
-        elif not jnp.issubdtype(tensors[key].dtype, jnp.floating):
-            problems.append(f"{key}: got {tensors[key].dtype}, wanted floating point")
-        elif not _finite(tensors[key]):
-            problems.append(f"{key}: holds NaN or infinite values")
-    raise_all(AdapterError, "this adapter file does not fit the model", sorted(problems))
+        if problem := _misfit(tensors[key], expected[key].shape):
+            found[key] = f"{key}: {problem}"
+    lost = {expected[key].path for key in found}
+    found |= {key: f"{key}: {_unexpected(key)}" for key in tensors.keys() - expected.keys()}
     by_part: dict[tuple[str, str], list[Slot]] = {}
     for slot in expected.values():
         by_part.setdefault((slot.path, slot.part), []).append(slot)
@@ -142,12 +151,31 @@ def decode(
 
     adapters: dict[str, Adapter | Full] = {}
     for leaf in plan.leaves:
+        if leaf.path in lost:
+            continue
         if leaf.adapted:
             parts = {part: read(leaf, part) for part in _shapes(leaf)}
             adapters[leaf.path] = leaf.adapter(dropout=plan.config.lora_dropout, **parts)
         elif leaf.path in plan.full:
             adapters[leaf.path] = Full(read(leaf, "value"))
-    return adapters
+    return adapters, sorted(found.values())
+
+
+def _misfit(tensor: np.ndarray, wanted: tuple[int, ...]) -> str | None:
+    if tuple(tensor.shape) != wanted:
+        return f"got {tuple(tensor.shape)}, wanted {wanted}"
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return f"got {tensor.dtype}, wanted floating point"
+    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+        return f"got {tensor.dtype}, which JAX holds only with jax_enable_x64"
+    return None if _finite(tensor) else "holds NaN or infinite values"
+
+
+def _unexpected(key: str) -> str:
+    if not key.startswith(PREFIX):
+        return f"unexpected, wanted a name that begins with {PREFIX}"
+    base = ".lora_" not in key and key.rpartition(".")[2] in ("weight", "bias")
+    return "unexpected: base weights inside the file" if base else "unexpected"
 
 
 def _said_twice(key: str, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Slot]) -> bool:
