@@ -31,7 +31,7 @@ FORBIDDEN = {
 # The floor of each core module: it imports only modules of lower numbers.
 FLOORS = [
     {"errors", "paths"},
-    {"files", "adapter", "config", "inlining", "packing"},
+    {"files", "adapter", "config", "inlining", "packing", "naming", "naming_tables"},
     {"lowrank", "initializers", "entries"},
     {"factors"},
     {

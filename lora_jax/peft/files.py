@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -14,8 +15,9 @@ from ..adapter import Adapter, Adapters, Full
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
+from ..naming import Names
 from ..rewrite import Plan
-from . import config_json, tensors
+from . import config_json, renaming, tensors
 from .config_json import AdapterFile
 from .ranges import without_ranges
 
@@ -33,7 +35,7 @@ def save_pretrained(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
-    names: tensors.Names = paths.module_of,
+    names: Names = paths.module_of,
     overwrite: bool = False,
 ) -> Path:
     """Write adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
@@ -48,22 +50,25 @@ def save_pretrained(
         adapters: what is saved.
         base_model: the base model's name or directory, recorded for users of the file.
         task_type: PEFT's task type, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``.
-        names: the PyTorch module name of a path, by default the path without its leaf.
+        names: the PyTorch module of a path, as a table or a function (see ``lora_jax.naming``);
+            by default the path without its leaf. Where they rename, the saved configuration is
+            in PyTorch's names, each module's rank and alpha resolved before.
         overwrite: replace the files of an earlier adapter; nothing else is touched.
 
     Returns:
         The directory.
 
     Raises:
-        AdapterError: adapters and plan differ in paths, shapes or scale, or a value is not finite.
+        AdapterError: adapters and plan differ in paths, shapes or scale, a value is not finite,
+            or ``names`` leave parameters out, which are listed.
         OutputError: the directory holds something or cannot be written.
 
     Source: the file format of PEFT 0.21.2.
     """
     tensors.raise_misfits(plan, adapters)
     plan, adapters = without_ranges(plan, adapters)
-    contents = tensors.encode(plan, adapters, names)
-    file = AdapterFile(plan.config, base_model, task_type)
+    contents = tensors.encode(plan, adapters, renaming.file_names(plan, names).__getitem__)
+    file = AdapterFile(renaming.in_torch(plan, names), base_model, task_type)
     return write_directory(directory, file, contents, overwrite=overwrite)
 
 
@@ -85,36 +90,54 @@ def write_directory(
 
 
 def load_pretrained(
-    directory: str | Path, plan: Plan, *, names: tensors.Names = paths.module_of
+    directory: str | Path, plan: Plan, *, names: Names = paths.module_of
 ) -> dict[str, Adapter | Full]:
     """Read the adapters of a PEFT directory, all of it or nothing.
 
     Args:
         directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        plan: the plan for the model, made from ``load_config(directory)``.
-        names: the PyTorch module name of a path, as when saving.
+        plan: the plan for the model, made from ``load_config(directory)`` with the same names.
+        names: the PyTorch module of a path, as when saving.
 
     Raises:
         AdapterError: a file is missing or unreadable, or anything in it does not fit the plan;
             everything that does not fit is listed.
     """
     config = load_config(directory)
-    differing = [
-        f"{name}: the file has {getattr(config, name)!r}, the plan {getattr(plan.config, name)!r}"
-        for name in _DECISIVE
-        if getattr(config, name) != getattr(plan.config, name)
-    ]
+    if names is paths.module_of:
+        differing = [
+            f"{name}: the file has {getattr(config, name)!r}, "
+            f"the plan {getattr(plan.config, name)!r}"
+            for name in _DECISIVE
+            if getattr(config, name) != getattr(plan.config, name)
+        ]
+    else:
+        differing = renaming.differing(plan, config, names)
     raise_all(AdapterError, "the plan was made from another configuration", differing)
-    return tensors.decode(plan, read_weights(Path(directory)), names)
+    to_torch = renaming.file_names(plan, names).__getitem__
+    return tensors.decode(plan, read_weights(Path(directory)), to_torch)
 
 
-def load_config(directory: str | Path) -> LoraConfig:
+def load_config(
+    directory: str | Path, *, names: Names = paths.module_of, params: Any = None
+) -> LoraConfig:
     """Return the configuration of a PEFT directory, to plan with.
 
+    Args:
+        directory: holds ``adapter_config.json``; with ``names`` its tensors are looked at, too.
+        names: the PyTorch module of a path, as when saving. The configuration then names the
+            JAX modules that the file's tensors belong to, with the ranks they have there.
+        params: the model's parameters or their shapes. A table goes without them, but only
+            with them is it known what else a name could mean.
+
     Raises:
-        AdapterError: the file is missing, unreadable, or asks for what is not supported.
+        AdapterError: a file is missing, unreadable, or asks for what is not supported; or lists
+            every module without a name in the JAX model.
     """
-    return load_adapter_file(directory).config
+    config = load_adapter_file(directory).config
+    if names is paths.module_of:
+        return config
+    return renaming.in_jax(config, read_weights(Path(directory)), names, params)
 
 
 def load_adapter_file(directory: str | Path) -> AdapterFile:
