@@ -127,8 +127,8 @@ def load_config(
         directory: holds ``adapter_config.json``; with ``names`` its tensors are looked at, too.
         names: the PyTorch module of a path, as when saving. The configuration then names the
             JAX modules that the file's tensors belong to, with the ranks they have there.
-        params: the model's parameters or their shapes. A table goes without them, but only
-            with them is it known what else a name could mean.
+        params: the model's parameters or their shapes. A table goes without them, and the
+            targets are one regular expression then: what else names could mean is not known.
 
     Raises:
         AdapterError: a file is missing, unreadable, or asks for what is not supported; or lists

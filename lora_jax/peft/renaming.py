@@ -84,7 +84,7 @@ def in_jax(config: LoraConfig, keys: Iterable[str], names: Names, params: Any) -
     raise_all(AdapterError, "the configuration and the tensors disagree", _idle(config, adapted))
     if isinstance(names, Mapping) and params is None:
         found = {module: jax_name(names, module) for module in adapted | saved}
-        known: set[str] = set()
+        known: set[str] | None = None
     elif params is None:
         raise AdapterError(
             "names is a function, which goes from JAX to PyTorch only: pass params=…, too"
@@ -140,12 +140,15 @@ def exact(
     config: LoraConfig,
     wanted: Mapping[str, RankAndAlpha],
     saved: Collection[str],
-    known: Collection[str],
+    known: Collection[str] | None,
 ) -> LoraConfig:
-    """Return a configuration that means these modules, and of those known no other."""
-    named = [name for name in known if configs.matches(tuple(wanted), name)]
+    """Return a configuration that means these modules, and no other.
+
+    Targets are names, or one regular expression where names would mean another of those known,
+    or where None are.
+    """
     targets: str | tuple[str, ...] = tuple(sorted(wanted))
-    if set(named) - set(wanted):
+    if known is None or any(n not in wanted and configs.matches(targets, n) for n in known):
         targets = "|".join(re.escape(name) for name in sorted(wanted))
     # A name hits what it is the end of, too; the first hit wins, so the longest comes first.
     order = sorted(wanted, key=lambda name: (-len(name), name))
