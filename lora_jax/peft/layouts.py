@@ -67,7 +67,7 @@ def converted(
     *,
     part: str | None = None,
     modules: Collection[str] | None = None,
-    lora_alpha: float | None = None,
+    lora_alpha: int | float | None = None,
     config: LoraConfig | None = None,
 ) -> Converted:
     """Return an adapter of any of this module's layouts in PEFT's.
@@ -195,7 +195,7 @@ def _rank_problems(
 
 
 def _alpha(
-    halves: Mapping[str, str], tensors: Mapping[str, np.ndarray], default: float | None
+    halves: Mapping[str, str], tensors: Mapping[str, np.ndarray], default: int | float | None
 ) -> float | None:
     if ALPHA in halves:
         value = tensors[halves[ALPHA]]
