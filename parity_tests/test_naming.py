@@ -67,6 +67,9 @@ def test_names_that_need_a_choice_of_rows():
     assert jax_name(table, "x.3.v") is None
     assert jax_name(table, "y.1.22") == "b"
     assert jax_name(table, "y.1") is None
+    twice = {"a_{n}.b_{n}": "a.{n}.{n}"}
+    assert torch_name(twice, "a_3.b_3.kernel") == "a.3.3"
+    assert torch_name(twice, "a_3.b_7.kernel") is None
 
 
 def test_rows_that_do_not_work_are_all_listed():

@@ -89,18 +89,7 @@ def converted(
     ('base_model.model.x.q.lora_A.weight', ('x.q',), 2, 4.0)
     """
     chosen = _part(tensors, part)
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    problems = []
-    for key, name in chosen.items():
-        kind = next((kind for kind, ending in _ENDINGS.items() if ending.search(name)), None)
-        if kind is None:
-            problems.append(f"{key}: unexpected")
-            continue
-        owner, half = _ENDINGS[kind].sub("", name), kind.removeprefix("embedding ")
-        if half in found[owner]:
-            problems.append(f"{key}: the module has {found[owner][half]}, too")
-        found[owner][half] = key
-        problems += _value_problems(key, tensors[key])
+    found, problems = _halves(chosen, tensors)
     names = {owner: _module(owner, modules, key) for owner, key in _flat(found)}
     problems += [f"{owner}: {name}" for owner, (name, good) in names.items() if not good]
     problems += _twice({owner: name for owner, (name, good) in names.items() if good})
@@ -121,15 +110,7 @@ def converted(
     if not found:
         problems.append("no tensor of an adapter")
     raise_all(AdapterError, "this file cannot be converted", sorted(problems))
-    new = {}
-    for owner, halves in found.items():
-        module = names[owner][0]
-        looked_up = "lora_embedding" in halves[A] or (
-            halves[A].endswith(".lora_A") and _EMBEDDING.search(module)
-        )
-        for half in (A, B):
-            ending = f"lora_embedding_{half}" if looked_up else f"lora_{half}.weight"
-            new[f"{PREFIX}{module}.{ending}"] = np.ascontiguousarray(tensors[halves[half]])
+    new = _renamed(found, {owner: name for owner, (name, _) in names.items()}, tensors)
     r, alpha = (
         Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True)
     )
@@ -148,7 +129,45 @@ def _part(tensors: Iterable[str], part: str | None) -> dict[str, str]:
     return {key: name[len(part) :] for key, name in names.items() if name.startswith(part)}
 
 
-def _flat(found: Mapping[str, Mapping[str, str]]) -> Iterable[tuple[str, bool]]:
+Halves = Mapping[str, Mapping[str, str]]
+
+
+def _halves(
+    chosen: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> tuple[Halves, list[str]]:
+    """Return the keys of A, B and alpha by what owns them in the file, and what is wrong."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    problems: list[str] = []
+    for key, name in chosen.items():
+        kind = next((kind for kind, ending in _ENDINGS.items() if ending.search(name)), None)
+        if kind is None:
+            problems.append(f"{key}: unexpected")
+            continue
+        owner, half = _ENDINGS[kind].sub("", name), kind.removeprefix("embedding ")
+        if half in found[owner]:
+            problems.append(f"{key}: the module has {found[owner][half]}, too")
+        found[owner][half] = key
+        problems += _value_problems(key, tensors[key])
+    return found, problems
+
+
+def _renamed(
+    found: Halves, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return A and B of every owner under PEFT's names."""
+    new = {}
+    for owner, halves in found.items():
+        module = names[owner]
+        looked_up = "lora_embedding" in halves[A] or (
+            halves[A].endswith(".lora_A") and _EMBEDDING.search(module)
+        )
+        for half in (A, B):
+            ending = f"lora_embedding_{half}" if looked_up else f"lora_{half}.weight"
+            new[f"{PREFIX}{module}.{ending}"] = np.ascontiguousarray(tensors[halves[half]])
+    return new
+
+
+def _flat(found: Halves) -> Iterable[tuple[str, bool]]:
     """Yield every owner and whether kohya wrote its name, with "_" for "."."""
     for owner, halves in found.items():
         yield owner, any(re.search(r"(^|\.)lora_(unet|te\d?)_", key) for key in halves.values())
