@@ -143,6 +143,7 @@ def _parse(argv: list[str]) -> Any:
             "inspect": commands.InspectOptions,
             "combine": commands.CombineOptions,
             "diff": commands.DiffOptions,
+            "convert": commands.ConvertOptions,
         },
         prog="lora-jax",
         description=DESCRIPTION,
@@ -252,6 +253,7 @@ _COMMANDS: dict[type, Callable[[Any], int]] = {
     commands.InspectOptions: _printed(commands.inspect_files),
     commands.CombineOptions: _printed(commands.combine_files),
     commands.DiffOptions: _printed(commands.diff_files),
+    commands.ConvertOptions: _printed(commands.convert_files),
 }
 
 

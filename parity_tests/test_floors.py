@@ -31,7 +31,16 @@ FORBIDDEN = {
 # The floor of each core module: it imports only modules of lower numbers.
 FLOORS = [
     {"errors", "paths"},
-    {"files", "adapter", "config", "inlining", "packing", "assets"},
+    {
+        "files",
+        "adapter",
+        "config",
+        "inlining",
+        "packing",
+        "assets",
+        "naming",
+        "naming_tables",
+    },
     {"lowrank", "initializers", "entries"},
     {"factors"},
     {

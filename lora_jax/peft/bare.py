@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from .. import paths
 from ..adapter import Adapter, Adapters, Full, rank
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
+from ..naming import EMBEDDING
 from .config_json import AdapterFile
 from .download import located
 from .files import load_adapter_file, read_weights, write_directory
@@ -34,8 +34,6 @@ _KEYS = {
     LOOKED_UP: (".lora_embedding_A", ".lora_embedding_B"),
 }
 _WRAPPED = ".base_layer"
-# What embeddings are called in transformers; only to tell them from kernels.
-_EMBEDDING = re.compile(r"emb[^.]*$|(^|\.)(wte|wpe|shared)$")
 
 
 def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter | Full]]:
@@ -112,7 +110,7 @@ def write_adapter(
     pairs = {name: one for name, one in adapters.items() if isinstance(one, Adapter)}
     problems = [p for module, one in pairs.items() for p in _unwritable(module, one, file.config)]
     if embeddings is None:
-        embeddings = [name for name in pairs if _EMBEDDING.search(name)]
+        embeddings = [name for name in pairs if EMBEDDING.search(name)]
     problems += [
         f"{name}: got axes 'io', those of an embedding; name it in embeddings=…, or give it the "
         "axes 'oi' of a linear layer's weight in PyTorch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import safetensors
@@ -16,12 +16,13 @@ from ..adapter import Adapter, Adapters, Full
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
+from ..naming import Names
 from ..rewrite import Plan
-from . import config_json, tensors
+from . import config_json, renaming, tensors
 from .config_json import AdapterFile
 from .download import CONFIG_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
-from .strict import LoadReport, config_problems, fitting, header_problem
+from .strict import LoadReport, header_problem
 
 
 def save_pretrained(
@@ -31,7 +32,7 @@ def save_pretrained(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
-    names: tensors.Names = paths.module_of,
+    names: Names = paths.module_of,
     overwrite: bool = False,
 ) -> Path:
     """Write adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
@@ -46,22 +47,25 @@ def save_pretrained(
         adapters: what is saved.
         base_model: the base model's name or directory, recorded for users of the file.
         task_type: PEFT's task type, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``.
-        names: the PyTorch module name of a path, by default the path without its leaf.
+        names: the PyTorch module of a path, as a table or a function (see ``lora_jax.naming``);
+            by default the path without its leaf. Where they rename, the saved configuration is
+            in PyTorch's names, each module's rank and alpha resolved before.
         overwrite: replace the files of an earlier adapter; nothing else is touched.
 
     Returns:
         The directory.
 
     Raises:
-        AdapterError: adapters and plan differ in paths, shapes or scale, or a value is not finite.
+        AdapterError: adapters and plan differ in paths, shapes or scale, a value is not finite,
+            or ``names`` leave parameters out, which are listed.
         OutputError: the directory holds something or cannot be written.
 
     Source: the file format of PEFT 0.21.2.
     """
     tensors.raise_misfits(plan, adapters)
     plan, adapters = without_ranges(plan, adapters)
-    contents = tensors.encode(plan, adapters, names)
-    file = AdapterFile(plan.config, base_model, task_type)
+    contents = tensors.encode(plan, adapters, renaming.file_names(plan, names).__getitem__)
+    file = AdapterFile(renaming.in_torch(plan, names), base_model, task_type)
     return write_directory(directory, file, contents, overwrite=overwrite)
 
 
@@ -87,14 +91,14 @@ def load_pretrained(
     directory: str | Path,
     plan: Plan,
     *,
-    names: tensors.Names = ...,
+    names: Names = ...,
     strict: Literal[True] = ...,
 ) -> dict[str, Adapter | Full]: ...
 
 
 @overload
 def load_pretrained(
-    directory: str | Path, plan: Plan, *, names: tensors.Names = ..., strict: Literal[False]
+    directory: str | Path, plan: Plan, *, names: Names = ..., strict: Literal[False]
 ) -> tuple[dict[str, Adapter | Full], LoadReport]: ...
 
 
@@ -102,7 +106,7 @@ def load_pretrained(
     directory: str | Path,
     plan: Plan,
     *,
-    names: tensors.Names = paths.module_of,
+    names: Names = paths.module_of,
     strict: bool = True,
 ) -> dict[str, Adapter | Full] | tuple[dict[str, Adapter | Full], LoadReport]:
     """Read the adapters of a PEFT directory, all of it or nothing.
@@ -122,31 +126,41 @@ def load_pretrained(
     """
     directory = located(directory)
     config = load_config(directory)
-    adapters, unfit = tensors.decode_what_fits(plan, read_weights(directory), names)
-    problems = config_problems(config, plan, names) + unfit
+    to_torch = renaming.file_names(plan, names).__getitem__
+    adapters, unfit = tensors.decode_what_fits(plan, read_weights(directory), to_torch)
+    problems = renaming.differing(plan, config, names) + unfit
     if strict:
         raise_all(AdapterError, f"{directory} does not fit the model and its plan", problems)
         return adapters
-    planned = {leaf.path: leaf for leaf in plan.adapted}
-    fit = {
-        path: one
-        for path, one in adapters.items()
-        if path not in planned or fitting(config, planned[path])
-    }
-    left_out = sorted((planned.keys() | plan.full.keys()) - fit.keys())
+    same = renaming.fitting(plan, config, names) | plan.full.keys()
+    fit = {path: one for path, one in adapters.items() if path in same}
+    left_out = sorted(({leaf.path for leaf in plan.adapted} | plan.full.keys()) - fit.keys())
     report = LoadReport(tuple(left_out), tuple(problems))
     if problems:
         warnings.warn(f"{directory}: {report}", stacklevel=2)
     return fit, report
 
 
-def load_config(directory: str | Path) -> LoraConfig:
+def load_config(
+    directory: str | Path, *, names: Names = paths.module_of, params: Any = None
+) -> LoraConfig:
     """Return the configuration of a PEFT directory, or a hub id, to plan with.
 
+    Args:
+        directory: holds ``adapter_config.json``; with ``names`` its tensors are looked at, too.
+        names: the PyTorch module of a path, as when saving. The configuration then names the
+            JAX modules that the file's tensors belong to, with the ranks they have there.
+        params: the model's parameters or their shapes. A table goes without them, and the
+            targets are one regular expression then: what else names could mean is not known.
+
     Raises:
-        AdapterError: the file is missing, unreadable, or asks for what is not supported.
+        AdapterError: a file is missing, unreadable, or asks for what is not supported; or lists
+            every module without a name in the JAX model.
     """
-    return load_adapter_file(directory).config
+    config = load_adapter_file(directory).config
+    if names is paths.module_of:
+        return config
+    return renaming.in_jax(config, read_weights(located(directory)), names, params)
 
 
 def load_adapter_file(directory: str | Path) -> AdapterFile:

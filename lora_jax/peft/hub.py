@@ -13,8 +13,8 @@ from .. import assets, paths
 from ..adapter import Adapters
 from ..config import LoraConfig
 from ..errors import AssetError, OutputError
+from ..naming import Names
 from ..rewrite import Plan
-from . import tensors
 from .download import MISSING_HUB
 from .files import load_config, save_pretrained
 
@@ -42,7 +42,7 @@ def push_to_hub(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
-    names: tensors.Names = paths.module_of,
+    names: Names = paths.module_of,
     card: str | None = None,
     private: bool | None = None,
     token: str | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,17 @@ def config_problems(config: LoraConfig, plan: Plan, names: Callable[[str], str])
     return found + target_problems(config, [_names_of(leaf, names) for leaf in plan.adapted])
 
 
-def fitting(config: LoraConfig, leaf: LeafPlan) -> bool:
-    """Tell whether the file's configuration gives a weight the plan's rank and scale."""
-    r, alpha = configs.rank_and_alpha(config, paths.module_of(leaf.path))
-    return (r, configs.scale(config, r, alpha), config.use_dora) == (leaf.r, leaf.scale, leaf.dora)
+def misfit(config: LoraConfig, leaf: LeafPlan, module: str) -> str | None:
+    """Return where the file's configuration gives a module another rank or scale than the plan."""
+    r, alpha = configs.rank_and_alpha(config, module)
+    scale = configs.scale(config, r, alpha)
+    same_scale = math.isclose(scale, leaf.scale, rel_tol=1e-6)
+    if (r, config.use_dora) == (leaf.r, leaf.dora) and same_scale:
+        return None
+    return (
+        f"{module}: the file has r={r}, scale {scale:g} and use_dora={config.use_dora}, the plan "
+        f"r={leaf.r}, {leaf.scale:g} and {leaf.dora} for {leaf.path}"
+    )
 
 
 def target_problems(config: LoraConfig, modules: Iterable[str | Sequence[str]]) -> list[str]:

@@ -1,0 +1,224 @@
+"""Tensors of older adapter files under PEFT's names; pure functions.
+
+=================== ============================================================ ==============
+layout              names                                                        alpha
+=================== ============================================================ ==============
+PEFT, no prefix     ``x.lora_A.weight``, ``x.lora_embedding_A``                   not in tensors
+loralib             ``x.lora_A``, ``x.lora_B``                                    not in tensors
+kohya               ``lora_unet_x_y.lora_down.weight``, ``….lora_up.weight``      ``….alpha``
+diffusers           ``unet.x.lora.down.weight``, ``x.processor.to_q_lora.up.…``   ``….alpha``
+=================== ============================================================ ==============
+
+All keep A as ``[r, in]`` and B as ``[out, r]``, as PEFT does. Kohya writes a module's name with "_"
+for ".", which only the model's list of modules undoes. An adapter of one expert, as older files for
+Mixtral have, is that of a module as any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from .. import config as configs
+from ..config import LoraConfig
+from ..errors import AdapterError, raise_all
+from ..naming import EMBEDDING
+from .renaming import exact
+from .tensors import PREFIX
+
+A, B, ALPHA = "A", "B", "alpha"
+
+# What remains of a name once these endings are gone is the module.
+_ENDINGS = {
+    A: re.compile(r"\.lora_A((\.default)?\.weight)?$|[._]lora[._](linear_layer\.)?down\.weight$"),
+    B: re.compile(r"\.lora_B((\.default)?\.weight)?$|[._]lora[._](linear_layer\.)?up\.weight$"),
+    "embedding A": re.compile(r"\.lora_embedding_A(\.default)?$"),
+    "embedding B": re.compile(r"\.lora_embedding_B(\.default)?$"),
+    ALPHA: re.compile(r"\.alpha$"),
+}
+_PROCESSOR = re.compile(r"\.processor\.(to_[a-z]+)$")
+
+# One file of diffusers' or kohya's may hold adapters of several models.
+PARTS = re.compile(r"(lora_(unet|te\d?)_|(unet|text_encoder(_\d)?)\.)")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter in PEFT's layout.
+
+    Args:
+        config: with the ranks and alphas of the tensors, and these modules alone.
+        tensors: by PEFT's names.
+        ranks: r and alpha of every module.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, np.ndarray]
+    ranks: dict[str, tuple[int, float]]
+
+
+def converted(
+    tensors: Mapping[str, np.ndarray],
+    *,
+    part: str | None = None,
+    modules: Collection[str] | None = None,
+    lora_alpha: int | float | None = None,
+    config: LoraConfig | None = None,
+) -> Converted:
+    """Return an adapter of any of this module's layouts in PEFT's.
+
+    Args:
+        tensors: the file.
+        part: the beginning of the names to convert, such as ``"lora_unet_"``; it is cut off.
+        modules: of the model, which kohya's names need; others are looked up among them.
+        lora_alpha: for layouts that do not store it. Beside "down" and "up" its default is r.
+        config: of a directory whose tensors lack PEFT's prefix; it has every module's alpha.
+
+    Raises:
+        AdapterError: lists every tensor that is unexpected, misshapen, not finite or without
+            its other half; every module that is unknown, ambiguous or has no alpha.
+
+    >>> old = {"x.q.lora_A": np.ones((2, 5)), "x.q.lora_B": np.ones((3, 2))}
+    >>> new = converted(old, lora_alpha=4)
+    >>> sorted(new.tensors)[0], new.config.target_modules, new.config.r, new.config.lora_alpha
+    ('base_model.model.x.q.lora_A.weight', ('x.q',), 2, 4.0)
+    """
+    chosen = _part(tensors, part)
+    found, problems = _halves(chosen, tensors)
+    names = {owner: _module(owner, modules, key) for owner, key in _flat(found)}
+    problems += [f"{owner}: {name}" for owner, (name, good) in names.items() if not good]
+    problems += _twice({owner: name for owner, (name, good) in names.items() if good})
+    ranks = {}
+    for owner, halves in found.items():
+        own = _rank_problems(owner, halves, tensors)
+        if not own:
+            module, r = names[owner][0], int(tensors[halves[A]].shape[0])
+            alpha = _alpha(halves, tensors, lora_alpha)
+            if config is not None:
+                wanted, given = configs.rank_and_alpha(config, module)
+                alpha = configs.scale(config, wanted, given) * r
+                own = [] if wanted == r else [f"{owner}: got r={r}, the configuration's {wanted}"]
+            elif alpha is None:
+                own = [f"{owner}: its alpha is not in the file, give --lora-alpha"]
+            ranks[module] = (r, alpha)
+        problems += own
+    if not found:
+        problems.append("no tensor of an adapter")
+    raise_all(AdapterError, "this file cannot be converted", sorted(problems))
+    new = _renamed(found, {owner: name for owner, (name, _) in names.items()}, tensors)
+    r, alpha = (
+        Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True)
+    )
+    base = LoraConfig(r=r, lora_alpha=alpha)
+    return Converted(exact(base, ranks, (), modules or ranks), new, ranks)
+
+
+def _part(tensors: Iterable[str], part: str | None) -> dict[str, str]:
+    """Return the names without PEFT's prefix and the part's, by key: of this part alone."""
+    names = {key: key.removeprefix(PREFIX) for key in tensors}
+    parts = {found[0] if (found := PARTS.match(name)) else "" for name in names.values()}
+    if part is None and len(parts) > 1:
+        listed = sorted(repr(one) if one else "names without any of them" for one in parts)
+        raise_all(AdapterError, "this file holds several adapters, choose one by --part", listed)
+    part = part if part is not None else next(iter(parts), "")
+    return {key: name[len(part) :] for key, name in names.items() if name.startswith(part)}
+
+
+Halves = Mapping[str, Mapping[str, str]]
+
+
+def _halves(
+    chosen: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> tuple[Halves, list[str]]:
+    """Return the keys of A, B and alpha by what owns them in the file, and what is wrong."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    problems: list[str] = []
+    for key, name in chosen.items():
+        kind = next((kind for kind, ending in _ENDINGS.items() if ending.search(name)), None)
+        if kind is None:
+            problems.append(f"{key}: unexpected")
+            continue
+        owner, half = _ENDINGS[kind].sub("", name), kind.removeprefix("embedding ")
+        if half in found[owner]:
+            problems.append(f"{key}: the module has {found[owner][half]}, too")
+        found[owner][half] = key
+        problems += _value_problems(key, tensors[key])
+    return found, problems
+
+
+def _renamed(
+    found: Halves, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return A and B of every owner under PEFT's names."""
+    new = {}
+    for owner, halves in found.items():
+        module = names[owner]
+        looked_up = "lora_embedding" in halves[A] or (
+            halves[A].endswith(".lora_A") and EMBEDDING.search(module)
+        )
+        for half in (A, B):
+            ending = f"lora_embedding_{half}" if looked_up else f"lora_{half}.weight"
+            new[f"{PREFIX}{module}.{ending}"] = np.ascontiguousarray(tensors[halves[half]])
+    return new
+
+
+def _flat(found: Halves) -> Iterable[tuple[str, bool]]:
+    """Yield every owner and whether kohya wrote its name, with "_" for "."."""
+    for owner, halves in found.items():
+        yield owner, any(re.search(r"(^|\.)lora_(unet|te\d?)_", key) for key in halves.values())
+
+
+def _module(owner: str, modules: Collection[str] | None, flat: bool) -> tuple[str, bool]:
+    """Return the module's name and True, or what is wrong and False."""
+    if flat:
+        if modules is None:
+            return 'its "_" may stand for ".": give the model\'s modules by --modules', False
+        fitting = sorted(name for name in modules if name.replace(".", "_") == owner)
+        if len(fitting) == 1:
+            return fitting[0], True
+        return f"fits {', '.join(fitting) or 'none'} of the modules", False
+    # Attention processors of diffusers held what belongs to the attention's own layers.
+    name = _PROCESSOR.sub(lambda found: f".{found[1].replace('to_out', 'to_out.0')}", owner)
+    if modules is not None and name not in modules:
+        return "not among the modules", False
+    return name, True
+
+
+def _twice(names: Mapping[str, str]) -> list[str]:
+    counts = Counter(names.values())
+    return [f"{owner}: {n} is named twice" for owner, n in names.items() if counts[n] > 1]
+
+
+def _value_problems(key: str, tensor: np.ndarray) -> list[str]:
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        # An alpha may be a whole number.
+        return [] if tensor.ndim == 0 else [f"{key}: got {tensor.dtype}, wanted floating point"]
+    wide = tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
+    return [] if np.isfinite(wide).all() else [f"{key}: holds NaN or infinite values"]
+
+
+def _rank_problems(
+    owner: str, halves: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+    if missing := [half for half in (A, B) if half not in halves]:
+        return [f"{owner}: has no {half}" for half in missing]
+    a, b = (tuple(tensors[halves[half]].shape) for half in (A, B))
+    if len(a) < 2 or len(a) != len(b) or 0 in a + b or a[0] != b[1] or set(b[2:]) - {1}:
+        return [f"{owner}: got A {a} and B {b}, wanted (r, in) and (out, r)"]
+    return []
+
+
+def _alpha(
+    halves: Mapping[str, str], tensors: Mapping[str, np.ndarray], default: int | float | None
+) -> float | None:
+    if ALPHA in halves:
+        value = tensors[halves[ALPHA]]
+        return float(value.reshape(())) if value.size == 1 else None
+    if default is None and "down" in halves[A].rpartition("lora")[2]:
+        return float(tensors[halves[A]].shape[0])
+    return None if default is None else float(default)
