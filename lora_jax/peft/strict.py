@@ -90,9 +90,11 @@ def misfit(config: LoraConfig, leaf: LeafPlan, module: str) -> str | None:
     same_scale = math.isclose(scale, leaf.scale, rel_tol=1e-6)
     if (r, config.use_dora) == (leaf.r, leaf.dora) and same_scale:
         return None
+    if config.use_dora != leaf.dora:
+        return f"{module}: the file has use_dora={config.use_dora}, the plan {leaf.dora}"
     return (
-        f"{module}: the file has r={r}, scale {scale:g} and use_dora={config.use_dora}, the plan "
-        f"r={leaf.r}, {leaf.scale:g} and {leaf.dora} for {leaf.path}"
+        f"{module}: the file has r={r} and scale {scale:g}, the plan r={leaf.r} and "
+        f"{leaf.scale:g} for {leaf.path}"
     )
 
 
