@@ -104,7 +104,9 @@ class Adapter:
     dropout: int | float = field(default=0.0, metadata=dict(static=True))
     materialize: bool = field(default=False, metadata=dict(static=True))
     columns: tuple[int, int] | None = field(default=None, metadata=dict(static=True))
-    magnitude: Float[Array, "*stacked_out"] | None = None
+    magnitude: Float[Array, "*stacked_out"] | None = field(
+        default=None, metadata=dict(static=lambda magnitude: magnitude is None)
+    )
 
 
 @pytree

@@ -4,11 +4,15 @@ torchax 0.0.13 looks up overloads for named dimensions as it is imported, to lis
 tables. PyTorch 2.13 has no named dimensions any more, so that the import fails. Nothing can call
 an overload that does not exist: a stand-in for it is all that the tables need, and only until the
 import is done. Where torchax imports by itself, PyTorch is not touched.
+
+As torchax registers its device, PyTorch's own ``torch.random.fork_rng`` asks it for the state of a
+device by number, which its function does not take. It is made to take one and pass over it.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,10 +50,12 @@ def import_torchax() -> ModuleType:
     """
     try:
         try:
-            return _load()
+            torchax = _load()
         except AttributeError:
             with stand_ins():
-                return _load()
+                torchax = _load()
+        _take_a_device(importlib.import_module("torchax.device_module"))
+        return torchax
     except (ImportError, AttributeError) as error:
         raise ImportError(f"torchax cannot be imported: {error}; {INSTALL}") from error
 
@@ -76,6 +82,13 @@ def stand_ins() -> Iterator[list[str]]:
     finally:
         for packet, overload in lacking:
             delattr(packet, overload)
+
+
+def _take_a_device(module: ModuleType) -> None:
+    """Let ``get_rng_state`` take the device that PyTorch passes, where it takes nothing."""
+    own = module.get_rng_state
+    if not inspect.signature(own).parameters:
+        module.get_rng_state = lambda device=None: own()  # pyright: ignore
 
 
 def _load() -> ModuleType:

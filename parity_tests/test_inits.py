@@ -33,6 +33,7 @@ from lora_jax.errors import AdapterError, ConfigError
 from lora_jax.initializers import init_problems
 from lora_jax.inits import activations, loftq
 from parity_tests.oracle import rel_l2
+from parity_tests.tiers import cases
 
 pytestmark = [
     # PEFT's conversion cannot keep these scales; `relative_to` does
@@ -169,6 +170,10 @@ CASES = {
 CHANGING = [name for name in CASES if name not in ("mica", "eva", "eva whitened")]
 
 
+# One for what each reads; the others are slow.
+QUICK = ("olora", "pissa", "eva", "corda ipm", "lora_ga")
+
+
 @functools.cache
 def both(name):
     """Return our result and PEFT's A, B and base by path, in our layout."""
@@ -194,7 +199,7 @@ def directions(a, b):
     return one_by_one, np.float64(a) @ np.float64(a).T, np.float64(b).T @ np.float64(b)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, quick=QUICK))
 def test_a_b_and_the_base_are_pefts(name):
     (found, params, base, adapters), theirs = both(name)
     moved = 0
@@ -218,7 +223,7 @@ def test_a_b_and_the_base_are_pefts(name):
     assert all(base[k] is v for k, v in params.items() if k not in theirs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, quick=QUICK))
 def test_outputs_stay_and_peft_serves_what_was_trained_on_the_original_weights(name, tmp_path):
     (found, params, base, first), _ = both(name)
     x = jnp.asarray(inputs(1)[0])

@@ -16,8 +16,12 @@ from lora_jax import naming_tables as tables
 from lora_jax.naming import torch_name
 from parity_tests import laws, named_models
 from parity_tests.named_models import random_adapters, relative, twins
+from parity_tests.tiers import cases
 
 RELATIVE = 1e-5
+
+# One whose names are PyTorch's, and one whose layers are stacked; the others are slow.
+QUICK = ("bert", "llama, stacked")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +34,7 @@ def quick():
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
-@pytest.mark.parametrize("family", named_models.ALL, ids=str)
+@pytest.mark.parametrize("family", cases(named_models.ALL, quick=QUICK))
 def test_peft_loads_our_file_and_gives_our_logits(family, tmp_path):
     pair = twins(family)
     config = LoraConfig(
@@ -56,7 +60,7 @@ def test_peft_loads_our_file_and_gives_our_logits(family, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("family", named_models.ALL, ids=str)
+@pytest.mark.parametrize("family", cases(named_models.ALL, quick=QUICK))
 def test_we_load_pefts_file_and_give_its_logits(family, tmp_path):
     pair = twins(family)
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from lora_jax import Adapter, Full, LoraConfig, lora, plan
 from lora_jax.errors import AdapterError
 from lora_jax.optimizers import freeze, lora_fa, loraplus, riemannian
 from parity_tests.oracle import rel_l2
+from parity_tests.tiers import cases
 
 STEPS = 20
 UNIT = 2.0**-24
@@ -232,7 +233,7 @@ def movement(history):
     return [{key: value - first[key] for key, value in after.items()} for after in history]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, quick=("loraplus", "lora_fa", "riemannian")))
 def test_twenty_steps_are_pefts(name):
     theirs, ours = CASES[name]
     exact, (float64, *rounded) = (

@@ -11,7 +11,18 @@ from parity_tests import laws, third_party
 from parity_tests.tiers import cases
 
 # Near twins of models in the default suite, which op-by-op compilation would double in time.
-SLOW = ("gpt2", "marian", "mistral", "gemma", "gpt_neo", "clip", "haiku_lstm")
+SLOW = (
+    "gpt2",
+    "gpt2_cached",
+    "bert",
+    "bart",
+    "marian",
+    "mistral",
+    "gemma",
+    "gpt_neo",
+    "clip",
+    "haiku_lstm",
+)
 
 SUBJECTS = cases(third_party.ALL, slow=SLOW)
 

@@ -32,6 +32,7 @@ from lora_jax.peft.tensors import encode
 from lora_jax.torch import from_torch
 from parity_tests.laws import relative
 from parity_tests.oracle import UNIT_ROUNDOFF, Vacuous, assert_within_rule, rel_l2
+from parity_tests.tiers import cases
 from parity_tests.training import copied, trainable
 
 UNIT = UNIT_ROUNDOFF["float32"]
@@ -129,7 +130,7 @@ class Given:
     step: Callable[..., Any]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=cases(MODELS, slow=("llama",)))
 def given(request) -> Given:
     model = MODELS[request.param]
     module = model.make()

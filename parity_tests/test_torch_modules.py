@@ -305,6 +305,15 @@ def test_an_overload_that_exists_is_not_replaced(monkeypatch):
     assert packet.dim_int is real and not hasattr(packet, "gone")
 
 
+def test_pytorchs_random_state_can_be_forked_beside_torchax():
+    torch.manual_seed(0)
+    with torch.random.fork_rng():
+        torch.rand(3)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(3))
+
+
 def test_no_stand_in_outlives_the_import():
     for name, overloads in torch_compat.NAMED_DIMENSIONS.items():
         for overload in overloads:
