@@ -22,7 +22,7 @@ from .config_json import AdapterFile
 from .download import located
 from .files import load_adapter_file, read_weights, write_directory
 from .strict import target_problems
-from .tensors import PREFIX
+from .tensors import PREFIX, is_finite
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ def write_adapter(
             wrapped = _WRAPPED if owner in pairs else ""
             key = f"{PREFIX}{owner}{wrapped}.{leaf}"
             tensors[key] = np.ascontiguousarray(np.asarray(one.value))
-    broken = [f"{key}: NaN or infinite" for key, t in tensors.items() if not _is_finite(t)]
+    broken = [f"{key}: NaN or infinite" for key, t in tensors.items() if not is_finite(t)]
     raise_all(AdapterError, "these adapters hold values that are not finite", broken)
     return write_directory(directory, file, tensors, overwrite=overwrite)
 
@@ -232,7 +232,7 @@ def _tensor_problems(key: str, tensor: np.ndarray) -> list[str]:
         return [f"{key}: got {tensor.dtype}, wanted floating point"]
     if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
         return [f"{key}: got {tensor.dtype}, which JAX holds only with jax_enable_x64"]
-    return [] if _is_finite(tensor) else [f"{key}: holds NaN or infinite values"]
+    return [] if is_finite(tensor) else [f"{key}: holds NaN or infinite values"]
 
 
 def _pair_problems(module: str, found: Mapping[str, Any], file: AdapterFile) -> list[str]:
@@ -265,10 +265,6 @@ def _unwritable(module: str, adapter: Adapter, config: LoraConfig) -> list[str]:
     elif adapter.scale is None or not np.isclose(adapter.scale, scale, rtol=1e-6, atol=0).all():
         found.append(f"{module}: scale got {adapter.scale}, wanted the configuration's {scale}")
     return found
-
-
-def _is_finite(tensor: np.ndarray) -> bool:
-    return bool(jnp.isfinite(jnp.asarray(tensor)).all())
 
 
 def _commonest(values: Iterable[T]) -> T:

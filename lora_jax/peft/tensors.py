@@ -69,7 +69,7 @@ def encode(plan: Plan, adapters: Adapters, names: Names = paths.module_of) -> di
         whole = np.asarray(getattr(adapter, slot.part))
         matrix = _to_matrix(whole, leaf, slot)
         tensors[slot.key] = np.ascontiguousarray(matrix.reshape(slot.shape))
-    broken = [f"{key}: NaN or infinite" for key, t in tensors.items() if not _finite(t)]
+    broken = [f"{key}: NaN or infinite" for key, t in tensors.items() if not is_finite(t)]
     raise_all(AdapterError, "these adapters hold values that are not finite", broken)
     return tensors
 
@@ -168,7 +168,7 @@ def _misfit(tensor: np.ndarray, wanted: tuple[int, ...]) -> str | None:
         return f"got {tensor.dtype}, wanted floating point"
     if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
         return f"got {tensor.dtype}, which JAX holds only with jax_enable_x64"
-    return None if _finite(tensor) else "holds NaN or infinite values"
+    return None if is_finite(tensor) else "holds NaN or infinite values"
 
 
 def _unexpected(key: str) -> str:
@@ -315,7 +315,8 @@ def _from_matrices(
     return np.ascontiguousarray(whole.transpose(np.argsort(order)))
 
 
-def _finite(tensor: np.ndarray) -> bool:
+def is_finite(tensor: np.ndarray) -> bool:
+    """Tell whether a tensor of any floating dtype holds neither NaN nor infinity."""
     # numpy has no isfinite for every extension dtype; float32 holds them all.
     wide = tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
     return bool(np.isfinite(wide).all())
