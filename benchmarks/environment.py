@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
+import shlex
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 _FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
@@ -45,6 +48,33 @@ def describe() -> dict[str, str]:
     if hasattr(os, "getloadavg"):
         facts["load before the run"] = f"{os.getloadavg()[0]:.2f}"
     return facts | {name: os.environ[name] for name in _FLAGS if name in os.environ}
+
+
+def command(name: str, options: Any) -> str:
+    """Return the command line that gives these options, those with their default left out.
+
+    Of a file only the name is told, as its folder is nobody else's.
+
+    >>> @dataclasses.dataclass
+    ... class Options:
+    ...     cases: tuple[str, ...] = ("*",)
+    ...     memory: bool = True
+    ...     json: Path | None = None
+    >>> command("run", Options(("layer*", "merge"), False, Path("/tmp/a.json")))
+    "python -m benchmarks run --cases 'layer*' merge --no-memory --json a.json"
+    """
+    words = ["python", "-m", "benchmarks", name]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag, *(one.name if isinstance(one, Path) else str(one) for one in values)]
+    return shlex.join(words)
 
 
 def _processor() -> str:

@@ -5,67 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from typing import Any
 
-from lora_jax.errors import LoraError, raise_all
-
-from . import environment
-
-Step = Callable[[], float]
-"""One step of the work, waited for: it returns a result, such as the loss, as a number."""
+from . import checking, environment
+from .case import Arrays, BenchmarkError, Case, Contestant, Needed, Unsupported, Work
 
 Progress = Callable[[str], None]
 Clock = Callable[[], float]
 
+# A series shorter than this has no interval for its median, see ``stats.interval``.
+# Seconds until the threads of another library are asleep, and the most steps that pass them.
+SETTLED, MOST_UNTIMED = 0.02, 20
 
-class BenchmarkError(LoraError):
-    """A case that cannot be run, or whose contestants do not do the same work."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One implementation of a case's work.
-
-    Args:
-        name: what tables call it.
-        setup: builds everything outside the timed step; imports its libraries itself.
-        packages: the distributions whose versions decide its speed.
-        settings: what else does, asked for after ``setup``: threads, precision, flags.
-    """
-
-    name: str
-    setup: Callable[[], Step]
-    packages: tuple[str, ...] = ()
-    settings: Callable[[], Mapping[str, str]] = dict
-
-
-@dataclass(frozen=True)
-class Case:
-    """The same work done by several contestants; ratios are the first one's to each other's.
-
-    Args:
-        name: what ``--cases`` calls it.
-        title: what is done, with its sizes and precision.
-        contestants: ours first.
-        tolerance: how far the results may differ, relative to the result; and the reason.
-        checked: how many steps are compared; the results must not all be equal.
-        warm_up: untimed rounds before the timed ones.
-        rounds: timed rounds, one step of each contestant in each.
-    """
-
-    name: str
-    title: str
-    contestants: tuple[Contestant, ...]
-    tolerance: float
-    checked: int = 4
-    warm_up: int = 2
-    rounds: int = 20
-
-    @property
-    def steps(self) -> int:
-        """How many steps ``run`` takes, of all contestants together."""
-        return len(self.contestants) * (self.checked + self.warm_up + self.rounds)
+FEWEST_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -76,19 +30,25 @@ class Timing:
         contestant: its name.
         versions: of its packages.
         settings: its settings.
-        setup_seconds: building, without the first step.
-        first_seconds: the first step, which compiles.
-        results: of the steps that were compared.
+        setup_seconds: building, without compiling and without the first step.
+        compile_seconds: compiling ahead of time, where it does.
+        first_seconds: the first step, which compiles for those who do not ahead of time.
         seconds: of each timed step, in order.
+        flops: of a step, as its program counts them; none where that is unknown.
+        peak_bytes: the most memory of a process that does this alone; none where not measured.
+        base_bytes: what that process had before it set up: the libraries.
     """
 
     contestant: str
     versions: Mapping[str, str]
     settings: Mapping[str, str]
     setup_seconds: float
+    compile_seconds: float | None = None
     first_seconds: float = 0.0
-    results: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
+    flops: int | None = None
+    peak_bytes: int | None = None
+    base_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,127 +60,169 @@ class Result:
         title: its title.
         tolerance: how far the contestants' results were allowed to differ.
         difference: how far they did.
+        steps_checked: over how many steps.
         timings: of the contestants, in the case's order.
         cores_elsewhere: how many cores other processes used meanwhile, where that is known.
+        needed: what the work costs at least.
+        sizes: as the case has them.
+        group: likewise.
+        skipped: contestants that did not take part, and why.
     """
 
     case: str
     title: str
     tolerance: float
     difference: float
+    steps_checked: int
     timings: tuple[Timing, ...]
     cores_elsewhere: float | None
+    needed: Needed = Needed()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    group: str = ""
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Ready:
     contestant: Contestant
-    step: Step
+    work: Work
+    results: tuple[Arrays, ...]
     known: Timing
 
 
 def run(
     case: Case,
     *,
+    seconds: float | None = None,
     clock: Clock = time.perf_counter,
     elsewhere: Callable[[], float | None] = environment.elsewhere,
     progress: Progress = lambda phase: None,
 ) -> Result:
     """Check the contestants for equal results, then time them in turns: A B A B.
 
+    A contestant whose library is missing, or that says that it cannot, is left out, with its
+    reason in the result; the first one must take part.
+
     Args:
         case: what is run.
+        seconds: stop timing after this long, though not before ``FEWEST_ROUNDS`` rounds.
         clock: in seconds.
         elsewhere: the CPU seconds that other processes have used.
         progress: called after each step with what it was for.
 
     Raises:
-        BenchmarkError: a contestant's library is missing, results differ, are not finite, or
+        BenchmarkError: our own contestant cannot take part, results differ, are not finite, or
             could not show a difference.
     """
-    ready = [_prepare(contestant, case, clock, progress) for contestant in case.contestants]
-    difference = _check(case, [one.known.results for one in ready])
+    ready, skipped = _prepare_all(case, clock, progress)
+    difference = checking.difference(case, {r.contestant.name: r.results for r in ready})
     _take_turns(ready, case.warm_up, clock, lambda: progress(f"{case.name}: warming up"))
     start, used = clock(), elsewhere()
-    seconds = _take_turns(ready, case.rounds, clock, lambda: progress(f"{case.name}: timing"))
-    wall, used_then = clock() - start, elsewhere()
-    timings = tuple(
-        replace(one.known, seconds=series) for one, series in zip(ready, seconds, strict=True)
+    last = None if seconds is None else start + seconds
+    series = _take_turns(
+        ready, case.rounds, clock, lambda: progress(f"{case.name}: timing"), last=last
     )
-    cores = None if used is None or used_then is None else (used_then - used) / wall
-    return Result(case.name, case.title, case.tolerance, difference, timings, cores)
+    wall, used_then = clock() - start, elsewhere()
+    return Result(
+        case.name,
+        case.title,
+        case.tolerance,
+        difference,
+        case.checked,
+        tuple(replace(one.known, seconds=s) for one, s in zip(ready, series, strict=True)),
+        None if used is None or used_then is None or not wall else (used_then - used) / wall,
+        case.needed,
+        case.sizes,
+        case.group,
+        skipped,
+    )
 
 
 def _take_turns(
-    ready: Sequence[_Ready], rounds: int, clock: Clock, progress: Callable[[], None]
+    ready: Sequence[_Ready],
+    rounds: int,
+    clock: Clock,
+    progress: Callable[[], None],
+    *,
+    last: float | None = None,
 ) -> list[tuple[float, ...]]:
-    """Return the seconds of each contestant's steps, taken A B A B."""
+    """Return the seconds of each contestant's steps, taken A B A B until the ``last`` moment.
+
+    Where steps are short a turn takes untimed ones before the timed one: a library's threads wait
+    actively for some milliseconds after a step, and take the processor from the next contestant.
+    """
     seconds: list[list[float]] = [[] for _ in ready]
-    for _ in range(rounds):
+    for n in range(rounds):
+        if last is not None and n >= FEWEST_ROUNDS and clock() > last:
+            break
+        untimed = _untimed(seconds)
         for one, series in zip(ready, seconds, strict=True):
+            for _ in range(untimed):
+                one.work.prepare()
+                one.work.step()
+            one.work.prepare()
             start = clock()
-            result = one.step()
+            result = one.work.step()
             series.append(clock() - start)
-            _require_finite(one.contestant, result)
+            # Reading a large array would push the next contestant's out of the cache.
+            if isinstance(result, float) or n + 1 == rounds:
+                checking.require_finite(one.contestant.name, one.work.read(result))
             progress()
     return [tuple(series) for series in seconds]
 
 
+def _untimed(seconds: Sequence[Sequence[float]]) -> int:
+    """Return how many steps come before a timed one: as many for every contestant."""
+    last = [series[-1] for series in seconds if series]
+    if not last or max(last) > SETTLED:
+        return 0
+    return min(math.ceil(SETTLED / max(min(last), SETTLED / MOST_UNTIMED)), MOST_UNTIMED)
+
+
+def _prepare_all(
+    case: Case, clock: Clock, progress: Progress
+) -> tuple[list[_Ready], dict[str, str]]:
+    ready, skipped = [], dict[str, str]()
+    for contestant in case.contestants:
+        try:
+            ready.append(_prepare(contestant, case, clock, progress))
+        except ImportError as error:
+            skipped[contestant.name] = (
+                f'{error.name} is not installed: pip install "lora_jax[bench]"'
+            )
+        except Unsupported as reason:
+            skipped[contestant.name] = str(reason)
+    ours = case.contestants[0].name
+    if ours in skipped:
+        raise BenchmarkError(f"{case.name}: {ours}: {skipped[ours]}")
+    return ready, skipped
+
+
 def _prepare(contestant: Contestant, case: Case, clock: Clock, progress: Progress) -> _Ready:
     start = clock()
-    try:
-        step = contestant.setup()
-    except ImportError as error:
-        raise BenchmarkError(
-            f'{contestant.name}: {error.name} is not installed: pip install "lora_jax[bench]"'
-        ) from error
-    built = clock()
+    work = contestant.setup()
+    setup = clock() - start - (work.compile_seconds or 0.0)
+    results, first = list[Arrays](), 0.0
+    for n in range(case.checked):
+        work.prepare()
+        start = clock()
+        result = work.step()
+        first = first if n else clock() - start
+        results.append(_copied(work, result))
+        checking.require_finite(contestant.name, results[-1])
+        progress(f"{case.name}: checking {contestant.name}")
     timing = Timing(
         contestant.name,
         {package: version(package) for package in contestant.packages},
         dict(contestant.settings()),
-        setup_seconds=built - start,
+        setup,
+        work.compile_seconds,
+        first,
+        flops=work.flops,
     )
-    results = []
-    for n in range(case.checked):
-        start = clock()
-        results.append(step())
-        if n == 0:
-            timing = replace(timing, first_seconds=clock() - start)
-        _require_finite(contestant, results[-1])
-        progress(f"{case.name}: checking {contestant.name}")
-    return _Ready(contestant, step, replace(timing, results=tuple(results)))
+    return _Ready(contestant, work, tuple(results), timing)
 
 
-def _check(case: Case, results: Sequence[Sequence[float]]) -> float:
-    """Return the largest relative difference of any result to the first contestant's."""
-    ours = results[0]
-    if len(set(ours)) < 2:
-        raise BenchmarkError(
-            f"{case.name}: every step of {case.contestants[0].name} gave {ours[0]!r}, so the "
-            "check could not see a difference; compare more steps or another result"
-        )
-    differences = {
-        contestant.name: max(map(_difference, ours, theirs))
-        for contestant, theirs in zip(case.contestants[1:], results[1:], strict=True)
-    }
-    raise_all(
-        BenchmarkError,
-        f"{case.name}: not timed, the contestants do not do the same work",
-        [
-            f"{name}: got a relative difference of {difference:.1e} to "
-            f"{case.contestants[0].name}, wanted at most {case.tolerance:.1e}"
-            for name, difference in differences.items()
-            if not difference <= case.tolerance
-        ],
-    )
-    return max(differences.values(), default=0.0)
-
-
-def _difference(a: float, b: float) -> float:
-    return 0.0 if a == b else abs(a - b) / max(abs(a), abs(b))
-
-
-def _require_finite(contestant: Contestant, result: float) -> None:
-    if not math.isfinite(result):
-        raise BenchmarkError(f"{contestant.name}: got the result {result}, wanted a finite number")
+def _copied(work: Work, result: Any) -> Arrays:
+    """Return a result that the next step cannot write over."""
+    return {name: value.copy() for name, value in work.read(result).items()}

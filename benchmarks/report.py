@@ -1,27 +1,35 @@
-"""A run's figures as a table and as JSON."""
+"""A run's figures, and their JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
+from .case import BenchmarkError, Needed
+from .harness import Result, Timing
+from .limits import Limits
+from .stats import Comparison, compare, spread
 
-from .harness import BenchmarkError, Result, Timing
-from .stats import Comparison, Spread, compare, spread
-
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a run and where they were taken."""
+    """The results of a run and where they were taken.
+
+    Args:
+        environment: the machine, the date and the flags.
+        results: one for each case.
+        limits: the peaks of the machine; none where they were not measured.
+        failed: cases that gave no result, and why.
+    """
 
     environment: Mapping[str, str]
     results: tuple[Result, ...]
+    limits: Limits | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def comparisons(result: Result) -> dict[str, Comparison]:
@@ -40,7 +48,13 @@ def to_json(report: Report) -> bytes:
     {'cores': '2'}
     """
     results = [asdict(result) | {"summary": _summary(result)} for result in report.results]
-    content = {"schema": SCHEMA, "environment": dict(report.environment), "results": results}
+    content = {
+        "schema": SCHEMA,
+        "environment": dict(report.environment),
+        "limits": None if report.limits is None else asdict(report.limits),
+        "results": results,
+        "failed": dict(report.failed),
+    }
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -54,57 +68,17 @@ def from_json(content: bytes) -> Report:
         fields = json.loads(content)
         if fields["schema"] != SCHEMA:
             raise BenchmarkError(f"schema: got {fields['schema']!r}, wanted {SCHEMA}")
-        return Report(fields["environment"], tuple(map(_result, fields["results"])))
+        limits = fields["limits"]
+        return Report(
+            fields["environment"],
+            tuple(map(_result, fields["results"])),
+            None if limits is None else Limits(**limits),
+            fields["failed"],
+        )
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, BenchmarkError):
             raise
         raise BenchmarkError(f"this is no benchmark report: {error!r}") from error
-
-
-def render(report: Report) -> Group:
-    """Return the tables for a console."""
-    facts = "\n".join(f"{name}: {value}" for name, value in report.environment.items())
-    return Group(*(part for result in report.results for part in _render(result)), facts)
-
-
-def _render(result: Result) -> Iterator[Table | str]:
-    table = Table(title=f"{result.case}: {result.title}", title_justify="left")
-    table.add_column("contestant")
-    for heading in ("median (middle half)", "first step", "rounds", "ratio (middle half)"):
-        table.add_column(heading, justify="right")
-    against = comparisons(result)
-    for timing in result.timings:
-        table.add_row(
-            timing.contestant,
-            _quartiles(spread(timing.seconds), 1e3, " ms", 1),
-            f"{timing.first_seconds:.2f} s",
-            str(len(timing.seconds)),
-            _ratio(against.get(timing.contestant)),
-        )
-    yield table
-    yield (
-        f"results equal within {result.difference:.1e} (allowed {result.tolerance:.1e}) over "
-        f"{len(result.timings[0].results)} steps"
-    )
-    for name, comparison in against.items():
-        yield f"{result.timings[0].contestant} against {name}: {comparison.verdict}"
-    for timing in result.timings:
-        facts = {**timing.versions, **timing.settings}
-        yield f"{timing.contestant}: {', '.join(f'{k} {v}' for k, v in facts.items())}"
-
-
-def _ratio(comparison: Comparison | None) -> str:
-    """The ratio of ours to the row's contestant; noise is not shown as a figure."""
-    if comparison is None:
-        return ""
-    return "noisy" if comparison.noise else _quartiles(comparison.ratio, 1, "", 3)
-
-
-def _quartiles(values: Spread, factor: float, unit: str, digits: int) -> str:
-    low, middle, high = (
-        f"{factor * value:.{digits}f}" for value in (values.lower, values.median, values.upper)
-    )
-    return f"{middle}{unit} ({low} to {high})"
 
 
 def _summary(result: Result) -> dict[str, Any]:
@@ -119,8 +93,7 @@ def _summary(result: Result) -> dict[str, Any]:
 
 def _result(fields: Mapping[str, Any]) -> Result:
     timings = tuple(
-        Timing(**timing | {name: tuple(timing[name]) for name in ("results", "seconds")})
-        for timing in fields["timings"]
+        Timing(**timing | {"seconds": tuple(timing["seconds"])}) for timing in fields["timings"]
     )
     raw = {name: value for name, value in fields.items() if name not in ("summary", "timings")}
-    return Result(**raw, timings=timings)
+    return Result(**raw | {"timings": timings, "needed": Needed(**fields["needed"])})

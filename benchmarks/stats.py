@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -57,11 +58,11 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two series taken in turns, as the ratio of each pair: below 1, the first is faster.
+    """Two series, as the ratio of each pair: below 1, the first is faster.
 
     Args:
         ratio: the pairs' ratios.
-        interval: where the true median of the ratio lies, see ``interval``.
+        interval: where the true median of the ratio lies; none where the series are too short.
         noise: why the series cannot be judged by; empty when they can.
     """
 
@@ -97,11 +98,49 @@ def compare(
     """
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     series = {"our times": ours, "their times": theirs, "the ratios": ratios}
-    noise = [
+    return Comparison(spread(ratios), interval(ratios), noise(series, cores_elsewhere))
+
+
+def compare_apart(
+    after: Sequence[float], before: Sequence[float], crowds: Sequence[float | None] = ()
+) -> Comparison:
+    """Compare two series that were not taken in turns, over every pair of one with the other.
+
+    The median of all ratios is the estimate of Hodges and Lehmann; the interval's ends are two of
+    the ratios, as many from each end as the rank sum of Mann and Whitney allows. It holds what
+    the series' own scatter does to the ratio, not what differed between the two runs.
+
+    Args:
+        after: seconds, the ratio's numerator.
+        before: seconds.
+        crowds: how many cores other processes used in each run, where that is known.
+
+    >>> compare_apart([0.9, 0.91, 0.92, 0.9], [1.0, 1.0, 1.01, 1.0]).verdict
+    'faster (0.891 to 0.920)'
+    """
+    ratios = np.sort(np.divide.outer(np.asarray(after), np.asarray(before)).ravel()).tolist()
+    n, m = len(after), len(before)
+    deviation = math.sqrt(n * m * (n + m + 1) / 12)
+    cut = math.floor(n * m / 2 - NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * deviation)
+    ends = (ratios[cut - 1], ratios[-cut]) if cut > 0 else None
+    series = {"the times before": before, "the times after": after}
+    crowded = max((crowd for crowd in crowds if crowd is not None), default=None)
+    return Comparison(spread(ratios), ends, noise(series, crowded))
+
+
+def noise(
+    series: Mapping[str, Sequence[float]], cores_elsewhere: float | None = None
+) -> tuple[str, ...]:
+    """Return why these series cannot be judged by; nothing when they can.
+
+    >>> noise({"the times": [1.0, 1.5, 2.0]}, cores_elsewhere=0.0)
+    ('noisy, the middle half of the times spans 33% of its median',)
+    """
+    reasons = [
         f"noisy, the middle half of {name} spans {share:.0%} of its median"
         for name, values in series.items()
         if (share := spread(values).relative) > NOISE_LIMIT
     ]
     if cores_elsewhere is not None and cores_elsewhere > CROWD_LIMIT:
-        noise.append(f"crowded, other processes used {cores_elsewhere:.2f} cores")
-    return Comparison(spread(ratios), interval(ratios), tuple(noise))
+        reasons.append(f"crowded, other processes used {cores_elsewhere:.2f} cores")
+    return tuple(reasons)

@@ -1,14 +1,15 @@
 """LoRA for any JAX function, in PEFT's terms and files."""
 
-from .adapter import Adapter, Adapters, Full
+from .adapter import Adapter, Adapters, Full, Rows
 from .algebra import add, rename, scale_by, subtract
+from .alora import alora_mask
 from .combining import combination_error, combine
 from .compressing import resize
 from .config import LoraConfig
 from .errors import LoraError
-from .extracting import extract
-from .inits import initialise, relative_to
-from .many import Stacked, per_example, rescale, select, stack, unstack
+from .extracting import extract, without_dora
+from .inits import eva_ranks, for_changed_base, initialise, relative_to
+from .many import Stacked, map_adapters, per_example, rescale, select, stack, unstack
 from .merging import merge, merge_report
 from .peft import (
     load_config,
@@ -31,16 +32,21 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "Plan",
+    "Rows",
     "Stacked",
     "add",
+    "alora_mask",
     "combination_error",
     "combine",
+    "eva_ranks",
     "extract",
+    "for_changed_base",
     "frugality",
     "initialise",
     "load_config",
     "load_pretrained",
     "lora",
+    "map_adapters",
     "merge",
     "merge_report",
     "model_card",
@@ -58,5 +64,6 @@ __all__ = [
     "stack",
     "subtract",
     "unstack",
+    "without_dora",
     "write_adapter",
 ]

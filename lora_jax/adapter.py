@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from . import paths
+from . import indices, paths
 from .errors import AdapterError, raise_all
 
 T = TypeVar("T")
@@ -80,6 +80,8 @@ class Adapter:
     With a magnitude m it is DoRA's (arXiv 2402.09353): the weight becomes
     ``m · (W + ΔW) / ‖W + ΔW‖``, the norm over the in axes and without a gradient.
 
+    With a bias b (PEFT's ``lora_bias``) every product with the weight gets ``scale · b``, too.
+
     A and B are leaves. So is a scale that is an array: it gets no gradient, but an optimizer's
     weight decay would move it, so it has no place in a tree that is trained (see ``many``).
 
@@ -93,6 +95,8 @@ class Adapter:
         materialize: whether ``W + scale·A·B`` may be formed where a use of W has no rule.
         columns: the range of the weight's first ``o`` axis that B covers; None for all of it.
         magnitude: DoRA's m, shape ``(*stacked, *out)``; None without it.
+        bias: b, shape ``(*stacked, *out)``; None without it.
+        masked: whether it acts only where ``lora(fn)(..., active=mask)`` says, as an aLoRA does.
     """
 
     a: Float[Array, "*stacked_in r"]
@@ -107,6 +111,10 @@ class Adapter:
     magnitude: Float[Array, "*stacked_out"] | None = field(
         default=None, metadata=dict(static=lambda magnitude: magnitude is None)
     )
+    bias: Float[Array, "*stacked_out"] | None = field(
+        default=None, metadata=dict(static=lambda bias: bias is None)
+    )
+    masked: bool = field(default=False, metadata=dict(static=True))
 
 
 @pytree
@@ -121,7 +129,30 @@ class Full:
     value: Inexact[Array, "..."]
 
 
-Adapters = Mapping[str, Adapter | Full]
+@pytree
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a leaf, trained as they are: PEFT's ``trainable_token_indices``.
+
+    The weight becomes W with ``values`` in the rows ``indices``. ``merge`` puts them in exactly;
+    in the function they act as ``W + P·(values − W[indices])``, P one column for each row with a
+    single 1, so that a row is off by the rounding of that sum: ``u·(|v| + |v − W|)``.
+
+    Args:
+        values: the rows, shape ``(n, *rest)``, the other axes in the order of the weight.
+        indices: which rows, each once, in the order of ``values``.
+        axes: one letter for each axis of the weight, see the legend of this module.
+        axis: the axis of the weight that the indices count along.
+    """
+
+    values: Inexact[Array, "..."]
+    indices: tuple[int, ...] = field(metadata=dict(static=True))
+    axes: str = field(default="io", metadata=dict(static=True))
+    axis: int = field(default=0, metadata=dict(static=True))
+
+
+Entry = Adapter | Full | Rows
+Adapters = Mapping[str, Entry]
 
 
 def a_shape(shape: tuple[int, ...], axes: str, r: int) -> tuple[int, ...]:
@@ -143,7 +174,7 @@ def b_shape(shape: tuple[int, ...], axes: str, r: int) -> tuple[int, ...]:
 
 
 def magnitude_shape(shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
-    """Return the shape of DoRA's magnitude for a weight of this shape.
+    """Return the shape of DoRA's magnitude, and of a bias, for a weight of this shape.
 
     >>> magnitude_shape((6, 384, 12, 32), "sioo")
     (6, 12, 32)
@@ -176,6 +207,15 @@ def rank(adapter: Adapter) -> int:
     return adapter.a.shape[-1]
 
 
+def rows_shape(shape: tuple[int, ...], axis: int, n: int) -> tuple[int, ...]:
+    """Return the shape of n rows along an axis of a weight of this shape.
+
+    >>> rows_shape((50257, 768), 0, 3)
+    (3, 768)
+    """
+    return (n, *shape[:axis], *shape[axis + 1 :])
+
+
 def count(adapters: Adapters) -> int:
     """Return the number of trained values."""
     trained = [
@@ -196,8 +236,11 @@ def check_fit(params: Any, adapters: Adapters) -> None:
     """
     leaves = paths.flatten(params)
     problems = []
+    parted = {paths.parameter_of(name) for name in adapters if name != paths.parameter_of(name)}
     for name, adapter in adapters.items():
         path = paths.parameter_of(name)
+        if isinstance(adapter, Rows) and path in parted:
+            problems.append(f"{path}: got rows beside adapters of its columns, wanted one of them")
         if path not in leaves:
             problems.append(f"{path}: no such parameter")
         else:
@@ -205,10 +248,12 @@ def check_fit(params: Any, adapters: Adapters) -> None:
     raise_all(AdapterError, "these adapters do not fit the parameters", problems)
 
 
-def _misfits(path: str, adapter: Adapter | Full, shape: tuple[int, ...]) -> list[str]:
+def _misfits(path: str, adapter: Entry, shape: tuple[int, ...]) -> list[str]:
     if isinstance(adapter, Full):
         got = tuple(adapter.value.shape)
         return [] if got == shape else [f"{path}: got {got}, wanted {shape}"]
+    if isinstance(adapter, Rows):
+        return _misfitting_rows(path, adapter, shape)
     if len(adapter.axes) != len(shape) or set(adapter.axes) - {STACKED, IN, OUT}:
         return [f"{path}: got axes {adapter.axes!r}, wanted a letter of 'sio' for each of {shape}"]
     shape = part_shape(shape, adapter.axes, adapter.columns)
@@ -222,10 +267,31 @@ def _misfits(path: str, adapter: Adapter | Full, shape: tuple[int, ...]) -> list
     if adapter.magnitude is not None:
         wanted["magnitude"] = magnitude_shape(shape, adapter.axes)
         got["magnitude"] = tuple(adapter.magnitude.shape)
+    if adapter.bias is not None:
+        wanted["bias"] = magnitude_shape(shape, adapter.axes)
+        got["bias"] = tuple(adapter.bias.shape)
     problems = [f"{path}: {k} got {got[k]}, wanted {wanted[k]}" for k in got if got[k] != wanted[k]]
+    if adapter.bias is not None and (adapter.columns or adapter.magnitude is not None):
+        beside = "columns" if adapter.columns else "a magnitude"
+        problems.append(f"{path}: got a bias beside {beside}, wanted one of the two")
     if adapter.scale is None:
         problems.append(f"{path}: got no scale, put it in with rescale(adapters, scales)")
     elif np.ndim(adapter.scale):
         shape = np.shape(adapter.scale)
         problems.append(f"{path}: scale got {shape}, wanted (); map over many with jax.vmap")
     return problems
+
+
+def _misfitting_rows(path: str, rows: Rows, shape: tuple[int, ...]) -> list[str]:
+    letters = set(rows.axes)
+    if len(rows.axes) != len(shape) or letters != {IN, OUT} or not 0 <= rows.axis < len(shape):
+        return [
+            f"{path}: got axes {rows.axes!r} and rows along axis {rows.axis}, wanted an 'i' or "
+            f"'o' for each of {shape}, both among them"
+        ]
+    if rows.axes.count(rows.axes[rows.axis]) > 1:
+        return [f"{path}: got rows along one of the axes {rows.axes!r}, wanted no other like it"]
+    wrong = indices.problems(rows.indices, shape[rows.axis])
+    got, wanted = tuple(rows.values.shape), rows_shape(shape, rows.axis, len(rows.indices))
+    problems = [f"{path}: rows: {problem}" for problem in wrong]
+    return problems + ([f"{path}: rows got {got}, wanted {wanted}"] if got != wanted else [])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from . import paths
-from .adapter import Adapter, Adapters, Full
+from .adapter import Adapter, Adapters, Entry
 from .errors import AdapterError, raise_all
 from .factors import concatenated, factors, misfits, pairs_of, scale_of, with_factors
 
@@ -15,6 +15,8 @@ HEADING = "these adapters cannot be combined"
 
 def scale_by(adapters: Adapters, factor: float) -> dict[str, Adapter]:
     """Return adapters whose ``ΔW`` is ``factor`` times the old one; only the scale changes.
+
+    So does what an adapter's bias adds.
 
     Raises:
         AdapterError: lists leaves trained in full, whose change is not known, and adapters
@@ -25,7 +27,7 @@ def scale_by(adapters: Adapters, factor: float) -> dict[str, Adapter]:
     >>> scale_by(adapters, -0.5)["w"].scale
     -1.0
     """
-    raise_all(AdapterError, HEADING, misfits([adapters]))
+    raise_all(AdapterError, HEADING, misfits([adapters], biases=True))
     return {
         path: replace(one, scale=one.scale * factor)  # pyright: ignore[reportOptionalOperand]
         for path, one in pairs_of(adapters).items()
@@ -37,6 +39,7 @@ def add(one: Adapters, other: Adapters) -> dict[str, Adapter]:
 
     ``s₁A₁B₁ + s₂A₂B₂ = s·[(s₁/s)A₁ (s₂/s)A₂]·[B₁; B₂]``, with the larger scale for s. A path
     that only one of them adapts keeps its adapter. ``resize`` brings the rank down again.
+    Biases are added, too.
 
     Args:
         one: adapters of a model.
@@ -52,7 +55,7 @@ def add(one: Adapters, other: Adapters) -> dict[str, Adapter]:
     >>> total.a.shape, total.b.shape, total.scale
     ((3, 2), (2, 2), 2.0)
     """
-    raise_all(AdapterError, HEADING, misfits([one, other]))
+    raise_all(AdapterError, HEADING, misfits([one, other], biases=True))
     ones, others = pairs_of(one), pairs_of(other)
     both = {path: _sum(ones[path], others[path]) for path in ones if path in others}
     return {**ones, **others, **both}
@@ -73,9 +76,7 @@ def subtract(one: Adapters, other: Adapters) -> dict[str, Adapter]:
     return add(one, scale_by(other, -1.0))
 
 
-def rename(
-    adapters: Adapters, names: Mapping[str, str] | Callable[[str], str]
-) -> dict[str, Adapter | Full]:
+def rename(adapters: Adapters, names: Mapping[str, str] | Callable[[str], str]) -> dict[str, Entry]:
     """Return the same adapters under other parameter paths.
 
     Args:
@@ -113,8 +114,14 @@ def _sum(one: Adapter, other: Adapter) -> Adapter:
     scales = scale_of(one), scale_of(other)
     # The larger one, so that no ratio overflows. ±1 or a power of two rounds nothing.
     scale = max(scales, key=abs)
+    ratios = [own / scale if scale else 1.0 for own in scales]
     pairs = [
-        (a * (own / scale if scale else 1.0), b)
-        for own, (a, b) in zip(scales, map(factors, (one, other)), strict=True)
+        (a * ratio, b) for ratio, (a, b) in zip(ratios, map(factors, (one, other)), strict=True)
     ]
-    return with_factors(one, concatenated(pairs), scale)
+    biases = [
+        ratio * pair.bias
+        for ratio, pair in zip(ratios, (one, other), strict=True)
+        if pair.bias is not None
+    ]
+    total = with_factors(one, concatenated(pairs), scale)
+    return replace(total, bias=sum(biases[1:], biases[0])) if biases else total

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, commands
+from .commands import parity
 from .config import ALL_LINEAR, LoraConfig
 from .errors import LoraError
 from .models import plan_model
+from .parity.checks import Check, run_check
 from .rewrite.table import totals
 from .train.data import read_texts
 from .train.extras import require
@@ -31,7 +35,7 @@ DESCRIPTION = """LoRA fine-tuning in JAX, with PEFT's adapter files.
 Without options, `lora-jax finetune` trains all-MiniLM-L6-v2 on the SMS Spam Collection.
 `lora-jax SUBCOMMAND --help` lists what each takes, `lora-jax --version` says which this is."""
 
-BAD_INPUT, BROKEN_OFF, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
+BAD_INPUT, BROKEN_OFF, DIFFERENT, INTERRUPTED, PIPE_CLOSED = 2, 1, 1, 130, 141
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class PlanOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: done. 1: training broke down, the last good adapters are saved. 2: bad usage or input,
-    said in one message. 130: interrupted.
+    0: done. 1: training broke down, the last good adapters are saved; or JAX and PyTorch differ.
+    2: bad usage or input, said in one message. 130: interrupted.
 
     Args:
         argv: the arguments; those of the process when not given.
@@ -144,6 +148,7 @@ def _parse(argv: list[str]) -> Any:
             "combine": commands.CombineOptions,
             "diff": commands.DiffOptions,
             "convert": commands.ConvertOptions,
+            "parity": commands.ParityOptions,
         },
         prog="lora-jax",
         description=DESCRIPTION,
@@ -236,6 +241,41 @@ def _plan(options: PlanOptions) -> int:
     return 0
 
 
+def _parity(options: commands.ParityOptions) -> int:
+    prepared = parity.prepare(options)
+    results = [
+        parity.run_pair(check, options.seed) if prepared.pair else run_check(check, options.seed)
+        for check in _shown(prepared.checks)
+    ]
+    matrix = parity.plant(options, lambda line: print(line, file=sys.stderr, flush=True))
+    report, text = parity.finish(prepared, results, options.seed, matrix)
+    print(text)
+    sys.stdout.flush()
+    return 0 if report.ok and (matrix is None or matrix.ok) else DIFFERENT
+
+
+def _shown(checks: Sequence[Check]) -> Iterator[Check]:
+    """Yield the checks, and show how many are done and how much time is left."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    total, begin, shown = len(checks), time.monotonic(), ""
+    # A bar on a terminal; ten lines elsewhere, and none for a pair.
+    with _progress(console) if console.is_terminal else contextlib.nullcontext() as bar:
+        task = bar.add_task("checks", total=total, shown="") if bar else None
+        for n, check in enumerate(checks):
+            if n:
+                shown = f"{_clock((time.monotonic() - begin) / n * (total - n))} left"
+            if bar:
+                name = check.name if len(check.name) < 40 else f"{check.name[:39]}…"
+                bar.update(task, completed=n, description=name, shown=shown)
+            elif n * 10 // total > (n - 1) * 10 // total and n:
+                console.print(f"{n} of {total} checks  {shown}")
+            yield check
+        if bar:
+            bar.update(task, completed=total, description="checks", shown="done")
+
+
 def _printed(text_of: Callable[[Any], str]) -> Callable[[Any], int]:
     def run(options: Any) -> int:
         print(text_of(options))
@@ -254,6 +294,7 @@ _COMMANDS: dict[type, Callable[[Any], int]] = {
     commands.CombineOptions: _printed(commands.combine_files),
     commands.DiffOptions: _printed(commands.diff_files),
     commands.ConvertOptions: _printed(commands.convert_files),
+    commands.ParityOptions: _parity,
 }
 
 

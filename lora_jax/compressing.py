@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from .adapter import Adapter, Adapters, Full, rank
+from .adapter import Adapter, Adapters, Entry, rank
 from .errors import AdapterError, raise_all
 from .factors import (
     Factors,
@@ -27,7 +27,7 @@ from .initializers import fold_in_path, kaiming_uniform
 
 def resize(
     adapters: Adapters, r: int | Mapping[str, int], *, key: Key[Array, ""] | None = None
-) -> tuple[dict[str, Adapter | Full], dict[str, float]]:
+) -> tuple[dict[str, Entry], dict[str, float]]:
     """Return adapters of rank r, and the relative Frobenius error of each.
 
     A smaller rank keeps the r largest singular values of ``A·B = UΣVᵀ``:
@@ -36,7 +36,7 @@ def resize(
     that goes with the result has ``lora_alpha = scale · r``.
 
     Args:
-        adapters: leaves trained in full pass through.
+        adapters: leaves and rows trained in full pass through.
         r: the rank, or one for each path; what the mapping does not name stays.
         key: with it, a larger rank's new part of A is drawn as for fresh adapters; without,
             it is zero like B's, and gets no gradient.
@@ -57,7 +57,7 @@ def resize(
     wanted = dict(r) if isinstance(r, Mapping) else dict.fromkeys(pairs, r)
     problems = [f"{path}: got rank {n}, wanted at least 1" for path, n in wanted.items() if n < 1]
     problems += [f"{path}: no such adapter" for path in wanted if path not in pairs]
-    problems += misfits([pairs])
+    problems += misfits([pairs], biases=True)
     raise_all(AdapterError, "these adapters cannot be resized", problems)
     resized, errors = dict(adapters), dict.fromkeys(pairs, 0.0)
     for path, to in wanted.items():

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
+from . import indices, regexes
+from .config_problems import expressions, problems
 from .errors import ConfigError, raise_all
+from .paths import module_of
+from .peft_fields import FOREIGN, refused
+from .regexes import in_layers, suffixed
 
 ALL_LINEAR = "all-linear"
 
@@ -24,14 +31,39 @@ _SEQUENCES = (
     "layers_to_transform",
     "layers_pattern",
     "on_unsupported",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "transposed_parameters",
 )
 
-BIASES = ("none", "all", "lora_only")
+_OUT_OF_RANGE = "these LoraConfig fields are out of range"
 
 
+def _knows_every_field(cls: type[T]) -> type[T]:
+    """Let a dataclass take every field of PEFT's: those that it has not must be at defaults."""
+    init, own = cls.__init__, {one.name for one in fields(cls)}  # pyright: ignore[reportArgumentType]
+
+    @functools.wraps(init)
+    def with_every_field(self: T, *args: Any, **given: Any) -> None:
+        mine = {name: given.pop(name) for name in own & given.keys()}
+        found = refused(given) + _unknown(given)
+        try:
+            init(self, *args, **mine)
+        except ConfigError as error:
+            found = [*error.problems, *found]
+        raise_all(ConfigError, _OUT_OF_RANGE, found)
+
+    cls.__init__ = with_every_field
+    return cls
+
+
+@_knows_every_field
 @dataclass(frozen=True)
 class LoraConfig:
     """How to adapt a model; every field has PEFT's name, meaning and default.
+
+    Every other field of PEFT 0.21.2's may be given as well, at its default: a value that asks for
+    what is not supported is an error that names all of them (see ``lora_jax.peft_fields``).
 
     Module names are parameter paths without the leaf (see ``lora_jax.paths.module_of``).
 
@@ -46,7 +78,8 @@ class LoraConfig:
         use_rslora: scale by ``alpha / sqrt(r)`` instead of ``alpha / r`` (arXiv 2312.03732).
         use_dora: also train the norm of each output's weights (arXiv 2402.09353).
         init_lora_weights: a name in ``lora_jax.initializers.INITIALIZERS``; ``True`` is PEFT's
-            default (B = 0), ``False`` draws both at random. Or one that ``lora_jax.initialise``
+            default (B = 0), ``False`` draws both at random, ``"torch"`` draws A with PyTorch's own
+            generator. Or one that ``lora_jax.initialise``
             makes: ``"pissa"``, ``"olora"``, ``"eva"``, ….
         rank_pattern: r by module-name pattern; the first hit wins over ``r``.
         alpha_pattern: alpha by module-name pattern; the first hit wins over ``lora_alpha``.
@@ -55,14 +88,33 @@ class LoraConfig:
         layers_pattern: names of the list that holds the layers, such as ``"layers"``; by default
             the first number in a module's name counts.
         modules_to_save: names of modules trained in full and saved beside the adapters.
+        trainable_token_indices: the tokens whose rows are trained as they are (``adapter.Rows``):
+            of the input embedding, found by its name; or by the end of a module's name. They
+            may stand beside low-rank pairs of other weights, not of the same one.
+        ensure_weight_tying: what PEFT needs to hear before an output head that shares the
+            embedding's weight changes with it. Here one leaf is one weight, and all its uses
+            change. Without it ``modules_to_save`` refuses such a leaf, of which PEFT would train
+            a copy for one use, and files warn where PEFT's unmerged model spares the head.
         bias: which biases are trained in full: ``"none"``, ``"all"``, or ``"lora_only"`` (those
             of adapted modules).
+        lora_bias: also train a bias beside B: ``s·((x·A)·B + bias)``. Merging adds it to the
+            module's own.
+        alora_invocation_tokens: the token ids from whose last occurrence on the adapters act
+            (aLoRA, arXiv 2504.12397); the adapted function then wants ``active=`` (see
+            ``lora_jax.alora_mask``). None for everywhere.
+        target_parameters: names of bare parameters, such as the experts of a layer, which match
+            exactly or as a ``.suffix``: ``"mlp.experts.gate_up_proj"``. PEFT's patterns mean them
+            by these names too; its other fields of modules leave them alone. Those of one module
+            come in the order in which it registers them, which PEFT's file rests on; for the
+            experts of transformers the order is known.
         on_unsupported: what happens to a target whose use has no rule: ``"error"``, or
             ``"materialize"``, which forms ``W + s·A·B`` there, correct and slow; names or one
             regular expression allow it for these modules alone. Not a field of PEFT's.
         output_slices: for modules whose kernel is several projections side by side, by
             module-name pattern: the ranges of the output axis that are adapted, with a pair
             for each: ``{"c_attn": [(0, 768), (1536, 2304)]}``. Not a field of PEFT's.
+        transposed_parameters: those of ``target_parameters`` whose PyTorch modules say
+            ``is_transposed``, which exchanges A and B in PEFT's file. Not a field of PEFT's.
 
     Raises:
         ConfigError: lists every field that is out of range.
@@ -87,16 +139,24 @@ class LoraConfig:
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
     bias: str = "none"
+    lora_bias: bool = False
+    alora_invocation_tokens: Sequence[int] | None = None
     on_unsupported: str | Sequence[str] = "error"
     output_slices: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    target_parameters: Sequence[str] | None = None
+    transposed_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in _SEQUENCES:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str | int):
                 object.__setattr__(self, name, tuple(value))
-        raise_all(ConfigError, "these LoraConfig fields are out of range", _problems(self))
+        tokens = indices.as_tuples(self.trainable_token_indices)
+        object.__setattr__(self, "trainable_token_indices", tokens)
+        raise_all(ConfigError, _OUT_OF_RANGE, problems(self))
 
 
 def scale(config: LoraConfig, r: int, alpha: int | float) -> float:
@@ -128,9 +188,14 @@ def slices(config: LoraConfig, module: str) -> tuple[tuple[int, int], ...]:
     return tuple(map(tuple, _first_hit(config.output_slices, module, ())))  # pyright: ignore
 
 
+def hanging(config: LoraConfig, modules: Iterable[str]) -> list[str]:
+    """Return a line for a pattern that comes to no end on these modules, see ``regexes``."""
+    return regexes.hanging(expressions(config), modules)
+
+
 def hits(pattern: str, module: str) -> bool:
     """Tell whether a key of ``rank_pattern`` or ``alpha_pattern`` means this module."""
-    return re.match(_suffix_regex(pattern), module) is not None
+    return re.match(suffixed(pattern), module) is not None
 
 
 def matches(names: str | Sequence[str] | None, module: str) -> bool:
@@ -162,9 +227,31 @@ def in_chosen_layer(config: LoraConfig, module: str) -> bool:
     for pattern in (lists,) if isinstance(lists, str) else lists:
         # The first number counts: an expert's comes later. PEFT overlooks it in a list at the
         # top of the model, which trees of parameters may have.
-        if found := re.match(_layer_regex(pattern), module):
+        if found := re.match(in_layers(pattern), module):
             return int(found[found.re.groups]) in ((wanted,) if isinstance(wanted, int) else wanted)
     return False
+
+
+def parameter_name(config: LoraConfig, path: str) -> str | None:
+    """Return the name in ``target_parameters`` that means this path; None where none does.
+
+    >>> config = LoraConfig(target_parameters=["experts.up", "down"])
+    >>> parameter_name(config, "0.experts.up"), parameter_name(config, "0.experts.up.bias")
+    ('experts.up', None)
+    """
+    names, path = config.target_parameters or (), path.replace("/", ".")
+    return next((name for name in names if _ends_with(path, name)), None)
+
+
+def is_transposed(config: LoraConfig, path: str) -> bool:
+    """Tell whether ``transposed_parameters`` means this path."""
+    return matches(config.transposed_parameters, path.replace("/", "."))
+
+
+def name_in_patterns(config: LoraConfig, path: str) -> str:
+    """Return the name by which patterns mean a weight: its module's, or a bare parameter's own."""
+    bare = parameter_name(config, path) is not None
+    return path.replace("/", ".") if bare else module_of(path)
 
 
 def is_output_head(module: str) -> bool:
@@ -179,12 +266,19 @@ def is_saved(config: LoraConfig, module: str) -> bool:
     return any(matches(config.modules_to_save, owner) for owner in owners)
 
 
-def _suffix_regex(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+def tokens_of(config: LoraConfig, module: str) -> list[tuple[int, ...]]:
+    """Return the tokens that each entry of ``trainable_token_indices`` gives a module.
 
+    As in PEFT a key means every module whose name ends with it, "." or not.
 
-def _layer_regex(pattern: str) -> str:
-    return rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\."
+    >>> config = LoraConfig(trainable_token_indices={"wte": [3, 1]})
+    >>> tokens_of(config, "transformer.wte"), tokens_of(config, "transformer.wpe")
+    ([(3, 1)], [])
+    """
+    given = config.trainable_token_indices
+    if not isinstance(given, Mapping):
+        return []
+    return [tuple(tokens) for name, tokens in given.items() if module.endswith(name)]
 
 
 def _ends_with(module: str, name: str) -> bool:
@@ -195,73 +289,11 @@ def _first_hit(patterns: Mapping[str, T], module: str, default: T) -> T:
     return next((value for key, value in patterns.items() if hits(key, module)), default)
 
 
-def _problems(config: LoraConfig) -> list[str]:
-    ranks = {"r": config.r} | {f"rank_pattern[{k!r}]": v for k, v in config.rank_pattern.items()}
-    alphas = {"lora_alpha": config.lora_alpha} | {
-        f"alpha_pattern[{k!r}]": v for k, v in config.alpha_pattern.items()
-    }
-    found = [
-        f"{name}: got {r!r}, wanted an integer of at least 1"
-        for name, r in ranks.items()
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1
+def _unknown(others: Mapping[str, Any]) -> list[str]:
+    known = [one.name for one in fields(LoraConfig)] + list(FOREIGN)
+    return [
+        f"{name}: no field of PEFT's; {' or '.join(close) if close else 'leave it out'}"
+        for name in others
+        if name not in FOREIGN
+        for close in (difflib.get_close_matches(name, known, n=2),)
     ]
-    found += [
-        f"{name}: got {alpha!r}, wanted a finite number"
-        for name, alpha in alphas.items()
-        if isinstance(alpha, bool) or not _is_finite(alpha)
-    ]
-    if not 0 <= config.lora_dropout < 1:
-        found.append(f"lora_dropout: got {config.lora_dropout!r}, wanted 0 <= p < 1")
-    if config.bias not in BIASES:
-        found.append(f"bias: got {config.bias!r}, wanted one of {', '.join(BIASES)}")
-    if isinstance(config.target_modules, str):
-        found += [
-            f"{name}: got {getattr(config, name)!r}, wanted None where target_modules is a string"
-            for name in ("layers_to_transform", "layers_pattern")
-            if getattr(config, name) is not None
-        ]
-    elif config.layers_pattern and config.layers_to_transform is None:
-        found.append("layers_to_transform: got None, wanted numbers beside layers_pattern")
-    if config.use_dora and config.output_slices:
-        found.append("use_dora: got True, wanted False beside output_slices")
-    if isinstance(config.modules_to_save, str):
-        found.append(f"modules_to_save: got {config.modules_to_save!r}, wanted a list of names")
-    found += [
-        f"output_slices[{key!r}]: got {given!r}, wanted ranges (start, stop) that do not overlap"
-        for key, given in config.output_slices.items()
-        if not _are_ranges(given)
-    ]
-    suffixes = [*config.rank_pattern, *config.alpha_pattern, *config.output_slices]
-    names = (config.target_modules, config.exclude_modules, config.on_unsupported)
-    lists = config.layers_pattern or ()
-    # As they are used, too: "(?i)q" is an expression, but not inside another one.
-    used = [(pattern, pattern) for pattern in suffixes]
-    used += [(pattern, _suffix_regex(pattern)) for pattern in suffixes]
-    used += [(name, name) for name in names if isinstance(name, str)]
-    used += [(name, _layer_regex(name)) for name in ([lists] if isinstance(lists, str) else lists)]
-    bad = {name: problem for name, regex in reversed(used) if (problem := _regex_problem(regex))}
-    return found + [f"{name!r}: {problem}" for name, problem in bad.items()]
-
-
-def _is_finite(number: object) -> bool:
-    try:
-        return isinstance(number, int | float) and math.isfinite(number)
-    except OverflowError:  # an integer beyond every float
-        return False
-
-
-def _are_ranges(given: Sequence[tuple[int, int]]) -> bool:
-    try:
-        ends = [int(end) for start, stop in sorted(given) for end in (start, stop)]
-    except (TypeError, ValueError):
-        return False
-    starts_below_stops = all(a < b for a, b in zip(ends[::2], ends[1::2], strict=True))
-    return bool(ends) and ends[0] >= 0 and starts_below_stops and ends == sorted(ends)
-
-
-def _regex_problem(regex: str) -> str | None:
-    try:
-        re.compile(regex)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"not a regular expression ({error})"
-    return None

@@ -1,11 +1,11 @@
-"""The low-rank path of the other products: convolution, lookup, and ragged products.
+"""The low-rank path of the other products: convolution, lookup, ragged products, stacks.
 
 They compute in the dtype in which ``lowrank`` accumulates, and return the addend in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
 from . import lowrank
-from .adapter import IN, OUT, Adapter
+from .adapter import IN, OUT, STACKED, Adapter
 
 
 def conv(
@@ -137,6 +137,74 @@ def ragged_dot(
     return product(lowrank.scaled(hidden, adapter), up, 1, rank_axis, at_up[group_axis])
 
 
+def by_group(
+    bias: Float[Array, "g 1 o"], group_sizes: Int[Array, "g"], rows: int
+) -> Float[Array, "m o"]:
+    """Return its group's bias for each of the rows, which are sorted by group; 0 beyond them.
+
+    >>> by_group(jnp.array([[[1.0]], [[2.0]]]), jnp.array([1, 2]), 4).tolist()
+    [[1.0], [2.0], [2.0], [0.0]]
+    """
+    # A product with 1, so that it is 0 and has no gradient where `ragged_dot` is and has.
+    ones = jnp.ones((rows, 1), bias.dtype)
+    return lax.ragged_dot(ones, bias, group_sizes, precision=lax.Precision.HIGHEST)
+
+
 def _at_each_point(x: Inexact[Array, "..."], matrix: Inexact[Array, "m n"], axis: int) -> Any:
     """Multiply one axis of x with a matrix; the axis stays where it is."""
     return jnp.moveaxis(jnp.moveaxis(x, axis, -1) @ matrix, -1, axis)
+
+
+def dot_of_stacks(
+    x: Inexact[Array, "..."],
+    adapter: Adapter,
+    contract: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+    weight_first: bool = False,
+    precision: lax.PrecisionLike = None,
+) -> Inexact[Array, "..."]:
+    """Return ``s·(x·A)·B`` where ``lax.dot_general(x, W)`` keeps stacked axes or sums over them.
+
+    So every expert e may see the same x: ``y[t, e] = x[t]·A[e]·B[e]``, and what they say may be
+    summed: ``y[t] = Σ x[t, e]·A[e]·B[e]``. Nothing of the size of x times the experts is formed.
+
+    Args:
+        x: the input.
+        adapter: A, B and scale, with axes of which some are ``"s"``.
+        contract: the axes summed over, of x and of the weight, in pairs: all of the weight's
+            ``i`` axes or all of its ``o`` axes, and any of its ``s`` axes.
+        batch: the batch axes of x and of the weight, in pairs.
+        weight_first: the layout of ``lax.dot_general(W, x)`` instead.
+        precision: as in ``lax.dot_general``.
+
+    >>> adapter = Adapter(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 5)), 0.5, axes="sio")
+    >>> dot_of_stacks(jnp.ones((6, 3)), adapter, ([1], [1]), ([], [])).shape
+    (6, 4, 5)
+    >>> dot_of_stacks(jnp.ones((6, 4, 3)), adapter, ([1, 2], [0, 1]), ([], [])).shape
+    (6, 5)
+    """
+    letters = adapter.axes
+    axes = {
+        letter: [n for n, s in enumerate(letters) if s == letter] for letter in STACKED + IN + OUT
+    }
+    transposed = any(letters[axis] == OUT for axis in contract[1])
+    rank = len(letters)
+    a, b = (
+        (adapter.a, [*axes[STACKED], *axes[IN], rank]),
+        (adapter.b, [*axes[STACKED], rank, *axes[OUT]]),
+    )
+    (down, of_down), (up, of_up) = (b, a) if transposed else (a, b)
+    shared = dict(zip([*contract[0], *batch[0]], [*contract[1], *batch[1]], strict=True))
+    of_x = [shared.get(axis, rank + 1 + axis) for axis in range(x.ndim)]
+    summed = axes[OUT if transposed else IN]
+    hidden_axes = [n for n in dict.fromkeys([*of_x, *of_down]) if n not in summed]
+    own = [n for n in range(rank) if n not in {*contract[1], *batch[1]}]
+    free = [n for n in of_x if n > rank]
+    out = [*batch[1], *own, *free] if weight_first else [*batch[1], *free, *own]
+
+    dtype = lowrank.wider(x.dtype, adapter.a.dtype)
+    exact = lowrank.accumulation_dtype(dtype)
+    options: Any = dict(precision=precision, preferred_element_type=exact)
+    hidden = jnp.einsum(x.astype(dtype), of_x, down.astype(dtype), of_down, hidden_axes, **options)
+    hidden = lowrank.scaled(hidden, adapter).astype(dtype)
+    return jnp.einsum(hidden, hidden_axes, up.astype(dtype), of_up, out, **options)

@@ -8,19 +8,19 @@ from typing import Any
 import jax
 
 from . import paths
-from .adapter import Adapter, Full
+from .adapter import Adapter, Full, Rows
 from .errors import AdapterError, raise_all
 
 
 def entries(tree: Any) -> list[tuple[str, Any]]:
-    """Return every ``Adapter`` and ``Full`` of a tree with its name; other leaves as they are."""
+    """Return every ``Adapter``, ``Full`` and ``Rows`` of a tree with its name; others as is."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry)
     return [(paths.path_of(keys), entry) for keys, entry in found]
 
 
 def is_entry(node: Any) -> bool:
-    """Tell an ``Adapter`` or a ``Full`` from the containers around it."""
-    return isinstance(node, Adapter | Full)
+    """Tell an ``Adapter``, a ``Full`` or ``Rows`` from the containers around it."""
+    return isinstance(node, Adapter | Full | Rows)
 
 
 def labelled(tree: Any, rule: Callable[[str, str, Any], str]) -> Any:

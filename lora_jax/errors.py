@@ -6,7 +6,12 @@ from collections.abc import Iterable
 
 
 class LoraError(ValueError):
-    """Base class of every error that ``lora_jax`` raises on purpose."""
+    """Base class of every error that ``lora_jax`` raises on purpose.
+
+    Its ``problems`` are what the message lists, a line each; none where it says one thing.
+    """
+
+    problems: tuple[str, ...] = ()
 
 
 class ConfigError(LoraError):
@@ -37,6 +42,10 @@ class OutputError(LoraError):
     """An output path that cannot be written or already holds something."""
 
 
+class ParityError(LoraError):
+    """A comparison of two frameworks that cannot be made as it was asked for."""
+
+
 def raise_all(error: type[LoraError], heading: str, problems: Iterable[str]) -> None:
     """Raise one ``error`` that lists every problem; do nothing when there is none.
 
@@ -48,6 +57,8 @@ def raise_all(error: type[LoraError], heading: str, problems: Iterable[str]) -> 
       r: got 0
       bias: got 'x'
     """
-    problems = list(problems)
+    problems = tuple(problems)
     if problems:
-        raise error(f"{heading}:\n  " + "\n  ".join(problems))
+        raised = error(f"{heading}:\n  " + "\n  ".join(problems))
+        raised.problems = problems
+        raise raised

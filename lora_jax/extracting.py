@@ -11,8 +11,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from . import paths
-from .adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, pick
+from . import lowrank, paths
+from .adapter import (
+    IN,
+    OUT,
+    STACKED,
+    Adapter,
+    Adapters,
+    Entry,
+    a_shape,
+    b_shape,
+    check_fit,
+    pick,
+    rank,
+)
 from .compressing import truncated
 from .errors import AdapterError, raise_all
 from .lowrank import accumulation_dtype
@@ -53,22 +65,68 @@ def extract(
     raise_all(AdapterError, "no adapters can be extracted", _problems(old, new, rows))
     adapters, errors = {}, {}
     for row in rows:
-        shape, axes = row.part_shape, row.axes
+        axes = row.axes
         change = _difference(old[row.path], new[row.path])
         if row.columns is not None:
             change = lax.slice_in_dim(change, row.columns[0], row.columns[1], axis=axes.index(OUT))
-        order = [n for letter in (STACKED, IN, OUT) for n, a in enumerate(axes) if a == letter]
-        stacked, fan_in, out = (int(np.prod(pick(shape, axes, one))) for one in (STACKED, IN, OUT))
-        matrices = change.transpose(order).reshape(stacked, fan_in, out)
-        u, sigma, vt = jnp.linalg.svd(matrices, full_matrices=False)
-        (a, b), error = truncated(u, sigma, vt, row.r)
-        a, b = a.reshape(a_shape(shape, axes, row.r)), b.reshape(b_shape(shape, axes, row.r))
-        adapters[row.name], errors[row.name] = row.adapter(a / row.scale, b), error
+        a, b, errors[row.name] = _closest(change, axes, row.r)
+        adapters[row.name] = row.adapter(a / row.scale, b)
     covered = {row.path for row in rows}
     for path in old.keys() - covered:
         if not np.array_equal(np.asarray(old[path]), np.asarray(new[path])):
             errors[path] = 1.0
     return adapters, errors
+
+
+def without_dora(
+    params: Any, adapters: Adapters, r: int | None = None
+) -> tuple[dict[str, Entry], dict[str, float]]:
+    """Return plain LoRA adapters in place of DoRA's, and what each leaves out.
+
+    ``s·A·B`` is the closest to DoRA's ``m·(W + ΔW)/‖W + ΔW‖ − W`` of its rank, by SVD in at least
+    float32. That change has the full rank of W, so the smaller the magnitudes' part in it, the
+    better: look at the errors. ``merge`` is exact.
+
+    Args:
+        params: the base's parameters.
+        adapters: DoRA's; others, and leaves trained in full, pass through.
+        r: the new rank; if not given, that of each adapter.
+
+    Returns:
+        The adapters, with scales of ``1``, and ``‖Δ − A·B‖ / ‖Δ‖`` by the paths of DoRA's.
+
+    Raises:
+        AdapterError: an adapter has no parameter, does not fit it, or r is below 1.
+
+    Source: DoRA, arXiv 2402.09353; Eckart and Young for the SVD.
+
+    >>> pair = Adapter(jnp.ones((4, 1)), jnp.ones((1, 2)), 0.5, magnitude=jnp.full(2, 6.0))
+    >>> plain, errors = without_dora({"w": jnp.ones((4, 2))}, {"w": pair})
+    >>> plain["w"].magnitude is None, plain["w"].b.shape, errors["w"] < 1e-6
+    (True, (1, 2), True)
+    """
+    check_fit(params, adapters)
+    if r is not None and r < 1:
+        raise AdapterError(f"r: got {r}, wanted at least 1")
+    leaves, plain, errors = paths.flatten(params), dict(adapters), {}
+    for path, one in adapters.items():
+        if isinstance(one, Adapter) and one.magnitude is not None:
+            change = lowrank.change(jnp.asarray(leaves[path]), [one])
+            a, b, errors[path] = _closest(change, one.axes, rank(one) if r is None else r)
+            a, b = a.astype(one.a.dtype), b.astype(one.b.dtype)
+            plain[path] = replace(one, a=a, b=b, scale=1.0, magnitude=None)
+    return plain, errors
+
+
+def _closest(change: Float[Array, "..."], axes: str, r: int) -> tuple[Any, Any, float]:
+    """Return the A and B whose product is the closest to this change, and the relative error."""
+    order = [n for letter in (STACKED, IN, OUT) for n, a in enumerate(axes) if a == letter]
+    shape = change.shape
+    stacked, fan_in, out = (int(np.prod(pick(shape, axes, one))) for one in (STACKED, IN, OUT))
+    matrices = change.transpose(order).reshape(stacked, fan_in, out)
+    u, sigma, vt = jnp.linalg.svd(matrices, full_matrices=False)
+    (a, b), error = truncated(u, sigma, vt, r)
+    return a.reshape(a_shape(shape, axes, r)), b.reshape(b_shape(shape, axes, r)), error
 
 
 def _rows(
@@ -103,6 +161,8 @@ def _problems(old: Mapping[str, Any], new: Mapping[str, Any], rows: list[LeafPla
             found.append(f"{row.path}: got axes {row.axes!r}, wanted letters of 'sio'")
         elif row.path in new and not _finite(leaf, new[row.path]):
             found.append(f"{row.path}: holds NaN or infinite values")
+        if row.biased:
+            found.append(f"{row.path}: lora_bias is not extracted; plan without it")
         if row.r < 1 or not row.scale:
             found.append(f"{row.path}: got r={row.r}, scale={row.scale}, wanted r >= 1, no 0")
     return sorted(found)

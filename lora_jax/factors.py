@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .adapter import STACKED, Adapter, Adapters, Full, rank
+from .adapter import STACKED, Adapter, Adapters, Full, Rows, rank
 from .lowrank import accumulation_dtype
 
 # (s, in, r) and (s, r, out); ranks differ where several of them meet.
@@ -122,16 +122,19 @@ def ratio(part: float, whole: float) -> float:
 
 
 def pairs_of(adapters: Adapters) -> dict[str, Adapter]:
-    """Return the low-rank ones, without the leaves trained in full."""
+    """Return the low-rank ones, without leaves and rows trained in full."""
     return {path: one for path, one in adapters.items() if isinstance(one, Adapter)}
 
 
-def misfits(trees: Iterable[Adapters], *, same_rank: bool = False) -> list[str]:
+def misfits(
+    trees: Iterable[Adapters], *, same_rank: bool = False, biases: bool = False
+) -> list[str]:
     """Return why these adapters cannot be reckoned with together; empty if they can.
 
     Args:
         trees: adapters of one model, of the same or of different paths.
         same_rank: whether a path's ranks must be equal, too.
+        biases: whether adapters may have a bias.
     """
     found: dict[str, None] = {}
     firsts: dict[str, Adapter] = {}
@@ -140,10 +143,15 @@ def misfits(trees: Iterable[Adapters], *, same_rank: bool = False) -> list[str]:
             if isinstance(entry, Full):
                 found[f"{path}: trained in full, so its change is not known; leave it out"] = None
                 continue
+            if isinstance(entry, Rows):
+                found[f"{path}: rows trained as they are, of unknown change; leave it out"] = None
+                continue
             if entry.scale is None or np.ndim(entry.scale):
                 found[f"{path}: scale got {_shape_of(entry.scale)}, wanted one number"] = None
             if entry.magnitude is not None:
                 found[f"{path}: DoRA's change is not A·B alone; merge it, or leave it out"] = None
+            if entry.bias is not None and not biases:
+                found[f"{path}: its bias is no part of A·B; merge it, or leave it out"] = None
             first = firsts.setdefault(path, entry)
             for what, got in _traits(entry, same_rank).items():
                 wanted = _traits(first, same_rank)[what]
@@ -157,6 +165,7 @@ def _traits(adapter: Adapter, same_rank: bool) -> Mapping[str, object]:
         "axes": adapter.axes,
         "shape": sizes(adapter),
         "columns": adapter.columns,
+        "masked": adapter.masked,
         "dtype": adapter.a.dtype.name,
     }
     return traits | ({"rank": rank(adapter)} if same_rank else {})

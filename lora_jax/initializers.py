@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from .adapter import IN, OUT, STACKED, a_shape, b_shape, pick
+from .mersenne import TorchGenerator
 
 Pair = tuple[Float[Array, "stacked in_ r"], Float[Array, "stacked r out"]]
 Initializer = Callable[[Key[Array, ""], int, int, int, int], Pair]
@@ -36,6 +38,29 @@ def kaiming_uniform(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out:
 def kaiming_uniform_rank(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
     """Return ``A ~ U(±1/sqrt(r))`` and ``B = 0``: the reference layer's ``(in, r)`` convention."""
     return _uniform(key, (stacked, fan_in, r), r), jnp.zeros((stacked, r, out), jnp.float32)
+
+
+def torch_kaiming_uniform(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
+    """Return PyTorch's own ``kaiming_uniform_(A, a=sqrt(5))`` on ``(r, in)``, and ``B = 0``.
+
+    Bit for bit what PyTorch draws after ``manual_seed(seed)``, with the lowest 32 bits of the key
+    for the seed; matrices that are stacked come one after the other. numpy draws them on the
+    host. For the adapters of a whole model see ``lora_jax.parity.torch_random``.
+
+    >>> a, b = torch_kaiming_uniform(jax.random.key(0), 1, 100, 4, 7)
+    >>> bool((a[0].T == TorchGenerator(0).kaiming_uniform((4, 100))).all())
+    True
+    """
+
+    def drawn(words: Array | np.ndarray) -> np.ndarray:
+        generator = TorchGenerator(int(np.asarray(words)[-1]))
+        each = [generator.kaiming_uniform((r, fan_in)).T for _ in range(stacked)]
+        return np.stack(each)
+
+    shape = jax.ShapeDtypeStruct((stacked, fan_in, r), jnp.float32)
+    words = jax.random.key_data(key).reshape(-1)
+    a = jax.pure_callback(drawn, shape, words, vmap_method="sequential")
+    return a, jnp.zeros((stacked, r, out), jnp.float32)
 
 
 def gaussian(key: Key[Array, ""], stacked: int, fan_in: int, r: int, out: int) -> Pair:
@@ -82,6 +107,7 @@ INITIALIZERS: dict[bool | str, Initializer] = {
     False: both_random,
     "kaiming_uniform": kaiming_uniform,
     "kaiming_uniform_rank": kaiming_uniform_rank,
+    "torch": torch_kaiming_uniform,
     "gaussian": gaussian,
     "orthogonal": orthogonal,
     "embedding": embedding,
@@ -149,6 +175,34 @@ def draw(
     return a.astype(dtype), b.astype(dtype)
 
 
+def draw_bias(
+    key: Key[Array, ""],
+    init: bool | str,
+    shape: Sequence[int],
+    r: int,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "*stacked_out"]:
+    """Return a fresh bias beside B: 0, or ``U(±1/sqrt(r))`` where B is a fresh ``nn.Linear``'s.
+
+    Args:
+        key: the random key of A and B.
+        init: True, False, or a name of what starts at ``B = 0``.
+        shape: ``(*stacked, *out)``.
+        r: the rank, B's fan-in.
+        dtype: of the bias.
+
+    Source: PEFT 0.21.2, whose B is an ``nn.Linear(r, out, bias=lora_bias)``.
+
+    >>> draw_bias(jax.random.key(0), True, (3,), r=4).tolist()
+    [0.0, 0.0, 0.0]
+    >>> bool(abs(draw_bias(jax.random.key(0), False, (300,), r=4)).max() <= 0.5)
+    True
+    """
+    if init is not False:
+        return jnp.zeros(shape, dtype)
+    return _uniform(fold_in_path(key, "bias"), tuple(shape), r).astype(dtype)
+
+
 def init_problems(init: bool | str, r: int, *, drawn: bool = True) -> list[str]:
     """Return what is wrong with an ``init_lora_weights`` for this rank.
 
@@ -169,6 +223,24 @@ def init_problems(init: bool | str, r: int, *, drawn: bool = True) -> list[str]:
     if init == "orthogonal" and r % 2:
         return [f"r: got {r}, init_lora_weights='orthogonal' wants an even one"]
     return []
+
+
+def kind_problem(init: bool | str, looked_up: bool, window: bool) -> str | None:
+    """Return why an ``init_lora_weights`` cannot be made for a weight of this kind.
+
+    PEFT has ``"mica"`` for embeddings; for the others it falls back to its default or fails.
+
+    >>> kind_problem("pissa", True, False)
+    "'pissa' wants the weight of a product, but its rows are looked up; ..."
+    >>> kind_problem("mica", True, False)
+    """
+    if not reads_more(init) or not (window or (looked_up and init != "mica")):
+        return None
+    kind = "its rows are looked up" if looked_up else "it is a convolution's kernel"
+    return (
+        f"{init!r} wants the weight of a product, but {kind}; leave it out, or, to load a file "
+        "that is finished, plan with init_lora_weights=True"
+    )
 
 
 def fold_in_path(key: Key[Array, ""], path: str) -> Key[Array, ""]:

@@ -18,6 +18,7 @@ from jax import lax, random
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact, Key
 
+from . import arranging
 from .adapter import IN, OUT, STACKED, Adapter, is_number, pick
 from .inlining import inlined
 
@@ -105,6 +106,9 @@ def _dot(
     summed, kept = (OUT, IN) if transposed else (IN, OUT)
     down, up = (adapter.b, adapter.a) if transposed else (adapter.a, adapter.b)
     at_down, at_up = positions(adapter.axes, summed), positions(adapter.axes, kept)
+    if not transposed:
+        rows = arranging.count(x, x_contract, x_batch)
+        down, at_down = arranging.rank_first(down, at_down, len(w_batch), rows)
 
     dtype = wider(x.dtype, adapter.a.dtype)
     exact = accumulation_dtype(dtype)
@@ -120,6 +124,7 @@ def _dot(
             preferred_element_type=exact,
         )
 
+    x, x_contract, apart = arranging.merged_rows(x, x_contract, x_batch)
     hidden = product(
         x,
         down,
@@ -128,12 +133,15 @@ def _dot(
     )
     stacked = range(len(w_batch))
     rank_axis = len(w_batch) if weight_first else hidden.ndim - 1
-    return product(
+    y = product(
         scaled(hidden, adapter),
         up,
         ([rank_axis], stacked),
         ([_rank_axis(adapter.axes, kept)], [at_up[axis] for axis in w_batch]),
     )
+    if not apart:
+        return y
+    return y.reshape(*y.shape[:-1], *apart) if weight_first else y.reshape(*apart, *y.shape[1:])
 
 
 def drop(
@@ -246,6 +254,22 @@ def merged(weight: Inexact[Array, "*w"], adapter: Adapter) -> Inexact[Array, "*w
     return lax.dynamic_update_slice_in_dim(weight, add(old, change), start, axis)
 
 
+def change(weight: Inexact[Array, "*w"], adapters: Sequence[Adapter]) -> Float[Array, "*w"]:
+    """Return what these adapters of one weight add to it, in at least float32.
+
+    That is ``Σ s·A·B``, and with DoRA ``m·(W + s·A·B)/‖W + s·A·B‖ − W``.
+
+    >>> import jax.numpy as jnp
+    >>> pair = Adapter(jnp.ones((4, 1)), jnp.ones((1, 2)), 0.5, magnitude=jnp.full(2, 6.0))
+    >>> change(jnp.ones((4, 2)), [pair])[0].tolist()
+    [2.0, 2.0]
+    """
+    if len(adapters) == 1 and adapters[0].magnitude is not None:
+        wide = weight.astype(accumulation_dtype(weight.dtype))
+        return merged(wide, adapters[0]) - wide
+    return delta(joined(adapters, weight.shape))
+
+
 def dora_norm(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stacked_out"]:
     """Return DoRA's ``‖W + s·A·B‖`` over the in axes, one for each stacked and out index.
 
@@ -291,6 +315,35 @@ def gain(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stack
     return jnp.expand_dims(adapter.magnitude / norm, adapter.axes.count(STACKED))
 
 
+def scaled_bias(adapter: Adapter) -> Float[Array, "*stacked_1_out"] | None:
+    """Return ``s·b`` in the layout of B with r = 1, in at least float32; None without a bias.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((3, 2)), jnp.ones((2, 2)), 0.5, bias=jnp.array([1.0, 2.0]))
+    >>> scaled_bias(adapter).tolist()
+    [[0.5, 1.0]]
+    """
+    if adapter.bias is None:
+        return None
+    exact = adapter.bias.astype(accumulation_dtype(adapter.bias.dtype))
+    return jnp.expand_dims(scaled(exact, adapter), adapter.axes.count(STACKED))
+
+
+def biased(
+    y: Inexact[Array, "*out"], bias: Float[Array, "..."], axes: str, place: Mapping[int, int]
+) -> Inexact[Array, "*out"]:
+    """Return y plus a ``scaled_bias`` in the wider dtype, which the caller rounds.
+
+    Args:
+        y: what the bias is added to.
+        bias: of a weight with these ``axes``.
+        axes: one letter for each axis of the weight.
+        place: which axis of y each stacked and out axis of the weight is.
+    """
+    wide = wider(y.dtype, bias.dtype)
+    return y.astype(wide) + _placed(bias, axes, place, y.ndim).astype(wide)
+
+
 def gained(
     y: Inexact[Array, "*out"], ratio: Float[Array, "..."], axes: str, place: Mapping[int, int]
 ) -> Inexact[Array, "*out"]:
@@ -302,14 +355,19 @@ def gained(
         axes: one letter for each axis of the weight.
         place: which axis of y each stacked and out axis of the weight is.
     """
-    own = _axes_with(axes, STACKED) + _axes_with(axes, OUT)
-    ratio = lax.squeeze(ratio, [axes.count(STACKED)])
-    order = sorted(range(len(own)), key=lambda n: place[own[n]])
-    ratio = lax.expand_dims(
-        lax.transpose(ratio, order), [n for n in range(y.ndim) if n not in map(place.get, own)]
-    )
+    ratio = _placed(ratio, axes, place, y.ndim)
     wide = wider(y.dtype, ratio.dtype)
     return (y.astype(wide) * ratio.astype(wide)).astype(y.dtype)
+
+
+def _placed(thin: Array, axes: str, place: Mapping[int, int], ndim: int) -> Array:
+    """Return an array in the layout of B with r = 1 as one that broadcasts against y."""
+    own = _axes_with(axes, STACKED) + _axes_with(axes, OUT)
+    thin = lax.squeeze(thin, [axes.count(STACKED)])
+    order = sorted(range(len(own)), key=lambda n: place[own[n]])
+    return lax.expand_dims(
+        lax.transpose(thin, order), [n for n in range(ndim) if n not in map(place.get, own)]
+    )
 
 
 def with_gain(weight: Inexact[Array, "*w"], ratio: Any, axes: str) -> Inexact[Array, "*w"]:

@@ -18,11 +18,12 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact, Int
 
-from . import paths
-from .adapter import STACKED, Adapter, Adapters, Full, is_number, pytree, rank
+from . import paths, rows
+from .adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, pytree, rank
 from .errors import AdapterError, raise_all
 
 NONE = -1  # the index of "no adapter"
+AT_ONCE = 1024  # the rows that fill a CPU, see `map_adapters`
 
 Index = int | Int[Array | np.ndarray, "*batch"]
 
@@ -85,7 +86,7 @@ def stack(adapters: Sequence[Adapters]) -> Stacked:
     return Stacked(stacked, scales, tuple(sorted(ranks.items())))
 
 
-def unstack(stacked: Stacked) -> list[dict[str, Adapter | Full]]:
+def unstack(stacked: Stacked) -> list[dict[str, Entry]]:
     """Return the adapters of a stack, each with its own ranks and scales again.
 
     >>> one = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
@@ -95,9 +96,9 @@ def unstack(stacked: Stacked) -> list[dict[str, Adapter | Full]]:
     """
     ranks = dict(stacked.ranks)
 
-    def entry(path: str, k: int) -> Adapter | Full:
+    def entry(path: str, k: int) -> Entry:
         one = jax.tree.map(lambda leaf: leaf[k], stacked.adapters[path])
-        if isinstance(one, Full):
+        if not isinstance(one, Adapter):
             return one
         scale = stacked.scales[path][k]
         scale = scale if isinstance(scale, Tracer) else float(scale)
@@ -106,7 +107,7 @@ def unstack(stacked: Stacked) -> list[dict[str, Adapter | Full]]:
     return [{path: entry(path, k) for path in stacked.adapters} for k in range(stacked.size)]
 
 
-def rescale(adapters: Adapters, scales: Mapping[str, Any]) -> dict[str, Adapter | Full]:
+def rescale(adapters: Adapters, scales: Mapping[str, Any]) -> dict[str, Entry]:
     """Return the adapters with these scales, for use inside a loss that ``jax.vmap`` maps.
 
     Args:
@@ -131,7 +132,43 @@ def rescale(adapters: Adapters, scales: Mapping[str, Any]) -> dict[str, Adapter 
     }
 
 
-def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Adapter | Full]:
+def map_adapters(fn: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
+    """Return ``fn`` mapped over the leading axis of its arguments: adapters trained together.
+
+    With few rows each, reading the frozen weights is most of a step, and ``jax.vmap`` reads them
+    once for all. A CPU is filled by ``AT_ONCE`` rows: with more, ``jax.lax.map`` runs as many
+    adapters at a time as have those together, in the memory that they need.
+
+    Args:
+        fn: of one adapter, such as a training step.
+        rows: of one adapter's batch, as they meet a weight: examples times tokens.
+
+    Raises:
+        AdapterError: ``rows`` is below 1, or, when called, there is nothing to map over.
+
+    >>> one = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
+    >>> stacked = stack([one, one])
+    >>> map_adapters(lambda adapters: adapters["w"].a.sum(), rows=4096)(stacked.adapters).tolist()
+    [3.0, 3.0]
+    """
+    if rows < 1:
+        raise AdapterError(f"map_adapters: rows is {rows}, wanted 1 or more")
+
+    @functools.wraps(fn)
+    def mapped(*args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        if not leaves or not all(map(jnp.ndim, leaves)):
+            raise AdapterError("map_adapters: wanted arguments whose arrays have a leading axis")
+        size = leaves[0].shape[0]
+        at_once = size if jax.default_backend() != "cpu" else max(AT_ONCE // rows, 1)
+        if at_once >= size:
+            return jax.vmap(fn)(*args)
+        return lax.map(lambda own: fn(*own), args, batch_size=at_once if at_once > 1 else None)
+
+    return mapped
+
+
+def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Entry]:
     """Return one adapter of a stack, or one for each example of a batch.
 
     Args:
@@ -139,9 +176,9 @@ def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Adap
         index: which one, a scalar; or ``(batch,)``, and every leaf gets that leading axis for
             ``per_example``. -1 is no adapter: A, B and the scale are zero, so that the example
             gets the frozen model's output. A traced index that is out of range is -1, too.
-        params: the frozen parameters. Leaves trained in full have their values from here where
-            there is no adapter, so they are needed if there are such leaves and the index may
-            be -1, as a traced one may.
+        params: the frozen parameters. Leaves and rows trained in full have their values from
+            here where there is no adapter, so they are needed if there are such and the index
+            may be -1, as a traced one may.
 
     Raises:
         AdapterError: an index is out of range, or ``params`` are needed and lack a leaf.
@@ -152,7 +189,8 @@ def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Adap
     >>> batch["w"].a.shape, batch["w"].scale.tolist()
     ((4, 3, 4), [0.5, 2.0, 0.0, 0.5])
     """
-    size, full = stacked.size, [p for p, e in stacked.adapters.items() if isinstance(e, Full)]
+    size = stacked.size
+    full = [path for path, entry in stacked.adapters.items() if not isinstance(entry, Adapter)]
     frozen = {} if params is None else paths.flatten(params)
     raise_all(AdapterError, "cannot select", _index_problems(index, size, full, frozen))
     index = jnp.asarray(index)
@@ -162,10 +200,15 @@ def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Adap
         values = jnp.asarray(values)
         return values.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
-    def entry(path: str, entry: Adapter | Full) -> Adapter | Full:
+    def entry(path: str, entry: Entry) -> Entry:
         if isinstance(entry, Full):
             value = take(entry.value)
             return Full(_where(present, value, frozen[path]) if path in frozen else value)
+        if isinstance(entry, Rows):
+            value = take(entry.values)
+            if path in frozen:
+                value = _where(present, value, rows.of(frozen[path], entry.indices, entry.axis))
+            return replace(entry, values=value)
         scale = take(jnp.asarray(stacked.scales[path], float))
         return replace(jax.tree.map(take, entry), scale=scale)
 
@@ -181,7 +224,8 @@ def per_example(adapted: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         adapted: ``adapted(params, adapters, *args)``, such as ``lora(fn)``. Arrays in ``args``
             and in what it returns have the batch as their leading axis. Keyword arguments are
-            the same for all examples, but for ``dropout_key``, which is split.
+            the same for all examples, but for ``dropout_key``, which is split, and ``active``,
+            which has the batch as its leading axis, too.
 
     >>> from lora_jax import lora
     >>> def fn(params, x):
@@ -196,17 +240,23 @@ def per_example(adapted: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(adapted)
     def batched(
-        params: Any, adapters: Adapters, *args: Any, dropout_key: Any = None, **kwargs: Any
+        params: Any,
+        adapters: Adapters,
+        *args: Any,
+        dropout_key: Any = None,
+        active: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        def one(adapters: Adapters, args: tuple[Any, ...], key: Any) -> Any:
-            args = jax.tree.map(lambda value: value[None], args)
-            options = kwargs if key is None else kwargs | {"dropout_key": key}
+        def one(adapters: Adapters, args: tuple[Any, ...], key: Any, active: Any) -> Any:
+            args, active = jax.tree.map(lambda value: value[None], (args, active))
+            given = {"dropout_key": key, "active": active}
+            options = kwargs | {name: value for name, value in given.items() if value is not None}
             outs = adapted(params, adapters, *args, **options)
             return jax.tree.map(lambda out: jnp.squeeze(out, 0), outs)
 
         size = jax.tree.leaves(dict(adapters))[0].shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, size)
-        return jax.vmap(one)(adapters, args, keys)
+        return jax.vmap(one)(adapters, args, keys, active)
 
     return batched
 
@@ -283,17 +333,22 @@ def _differences(adapters: Sequence[Adapters]) -> Iterator[str]:
                 yield f"{path}: scale of adapter {n}: got {got}, wanted a number"
 
 
-def _facts(entry: Adapter | Full) -> dict[str, Any]:
+def _facts(entry: Entry) -> dict[str, Any]:
     """Return what must be equal in all adapters of a stack: all but the rank and the scale."""
     if isinstance(entry, Full):
         return {"kind": "Full", "shape": entry.value.shape, "dtype": entry.value.dtype}
+    if isinstance(entry, Rows):
+        own = {"kind": "Rows", "shape": entry.values.shape, "dtype": entry.values.dtype}
+        return own | {"indices": entry.indices, "axes": entry.axes, "axis": entry.axis}
     at = entry.axes.count(STACKED)
     return {
         "kind": "Adapter",
         "axes": entry.axes,
         "dropout": entry.dropout,
+        "masked": entry.masked,
         "columns": entry.columns,
         "shape": (entry.a.shape[:-1], entry.b.shape[:at] + entry.b.shape[at + 1 :]),
         "dtype": (entry.a.dtype, entry.b.dtype),
         "magnitude": entry.magnitude is not None,
+        "bias": entry.bias is not None,
     }

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import lowrank, paths
-from .adapter import Adapter, Adapters, Full, check_fit
+from . import rows as rows_of
+from .adapter import Adapter, Adapters, Full, Rows, check_fit
+from .alora import refuse_masked
+from .errors import AdapterError, raise_all
 
 # A tenth of ΔW is more than rounding may take unsaid.
 LARGEST_LOSS = 0.1
@@ -48,14 +51,17 @@ def merge(params: Any, adapters: Adapters) -> Any:
     """Return ``params`` with ``W + s·A·B`` in place of every adapted W; the old tree stays.
 
     The sum is formed in at least float32 and rounded once to the weight's dtype. Leaves
-    trained in full are put in. To undo a merge, keep ``params``.
+    or rows trained in full are put in. An adapter's bias goes into the bias of the same module,
+    ``b + s·bias``, in the same way. To undo a merge, keep ``params``.
 
     Args:
         params: the frozen parameters, any pytree.
-        adapters: ``{path: Adapter | Full}``.
+        adapters: ``{path: Adapter | Full | Rows}``.
 
     Raises:
-        AdapterError: an adapter has no parameter, or does not fit its shape.
+        AdapterError: an adapter has no parameter, does not fit its shape, or is an aLoRA's, which
+            acts on a part of the tokens; or lists those with a bias whose module has none, or one
+            of another shape.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.adapter import Adapter
@@ -63,28 +69,78 @@ def merge(params: Any, adapters: Adapters) -> Any:
     >>> merge({"w": jnp.zeros((3, 2))}, adapters)["w"][0]
     Array([2., 2.], dtype=float32)
     """
+    refuse_masked(adapters, "they cannot be merged")
     check_fit(params, adapters)
-    leaves, changed = paths.flatten(params), {}
+    leaves = paths.flatten(params)
+    own = bias_paths(leaves, adapters)
+    changed: dict[str, Any] = {
+        path: one.value for path, one in adapters.items() if isinstance(one, Full)
+    }
     for name, adapter in adapters.items():
         path = paths.parameter_of(name)
-        if isinstance(adapter, Full):
-            changed[path] = adapter.value
-        else:
+        if isinstance(adapter, Rows):
+            changed[path] = rows_of.put(leaves[path], adapter)
+        elif isinstance(adapter, Adapter):
             changed[path] = lowrank.merged(changed.get(path, leaves[path]), adapter)
+        if name in own:
+            bias: Any = changed.get(own[name], leaves[own[name]])
+            changed[own[name]] = lowrank.add(bias, _bias_change(adapter, bias))
     return paths.replace(params, changed)
+
+
+def bias_paths(leaves: Mapping[str, Any], adapters: Adapters) -> dict[str, str]:
+    """Return which parameter the bias of an adapter is merged into, by the adapter's name.
+
+    Args:
+        leaves: the parameters by path.
+        adapters: those without a bias are left out.
+
+    Raises:
+        AdapterError: lists those whose module has no bias, or one of another shape.
+
+    >>> pair = Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0, bias=jnp.ones(2))
+    >>> leaves = {"up.kernel": jnp.ones((3, 2)), "up.bias": jnp.ones(2)}
+    >>> bias_paths(leaves, {"up.kernel": pair})
+    {'up.kernel': 'up.bias'}
+    """
+    of_module = {
+        paths.module_of(path): path for path in leaves if paths.leaf_name(path) in paths.BIAS_NAMES
+    }
+    found, problems = {}, []
+    for name, adapter in adapters.items():
+        if not isinstance(adapter, Adapter) or adapter.bias is None:
+            continue
+        shape, path = tuple(adapter.bias.shape), of_module.get(paths.module_of(name))
+        if path is None:
+            problems.append(f"{name}: its module has no bias to add {shape} to")
+        elif _thick(got := tuple(leaves[path].shape)) != _thick(shape):
+            problems.append(f"{path}: got {got}, the adapter's bias is {shape}")
+        else:
+            found[name] = path
+    raise_all(AdapterError, "these adapters have a bias that cannot be merged", problems)
+    return found
+
+
+def _thick(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _bias_change(adapter: Any, bias: Any) -> Any:
+    """Return ``s·bias`` in the shape of the parameter that it is added to."""
+    return lowrank.scaled_bias(adapter).reshape(bias.shape)  # pyright: ignore
 
 
 def merge_report(params: Any, adapters: Adapters) -> dict[str, Rounding]:
     """Return what rounding does to every ``ΔW`` that ``merge(params, adapters)`` puts in.
 
-    Leaves trained in full are not in it: they take the place of the old ones as they are.
+    Leaves and rows trained in full are not in it: they take the place of the old ones as they are.
 
     Args:
         params: the frozen parameters.
-        adapters: ``{path: Adapter | Full}``.
+        adapters: ``{path: Adapter | Full | Rows}``.
 
     Returns:
-        A ``Rounding`` by parameter path, in the order of the adapters.
+        A ``Rounding`` by parameter path, in the order of the adapters; biases come last.
 
     Raises:
         AdapterError: as ``merge``.
@@ -93,22 +149,33 @@ def merge_report(params: Any, adapters: Adapters) -> dict[str, Rounding]:
     >>> merge_report({"w": jnp.ones((3, 2), jnp.bfloat16)}, adapters)["w"]
     Rounding(dtype='bfloat16', changed=6, unchanged=6, error=1.0)
     """
+    refuse_masked(adapters, "they cannot be merged")
     check_fit(params, adapters)
     leaves = paths.flatten(params)
     parts: dict[str, list[Adapter]] = {}
     for name, adapter in adapters.items():
         if isinstance(adapter, Adapter):
             parts.setdefault(paths.parameter_of(name), []).append(adapter)
-    return {path: rounding(leaves[path], own) for path, own in parts.items()}
+    report = {path: rounding(leaves[path], own) for path, own in parts.items()}
+    for name, path in bias_paths(leaves, adapters).items():
+        full = adapters.get(path)
+        old = jnp.asarray(full.value if isinstance(full, Full) else leaves[path])
+        change = _bias_change(adapters[name], old)
+        report[path] = _rounding(old, lowrank.add(old, change), change)
+    return report
 
 
 def rounding(weight: Any, adapters: list[Adapter]) -> Rounding:
     """Return what rounding does to the sum of these adapters of one weight, which they fit."""
     weight = jnp.asarray(weight)
-    delta = np.asarray(lowrank.delta(lowrank.joined(adapters, weight.shape)), np.float64)
     merged = weight
     for adapter in adapters:
         merged = lowrank.merged(merged, adapter)
+    return _rounding(weight, merged, lowrank.change(weight, adapters))
+
+
+def _rounding(weight: Any, merged: Any, change: Any) -> Rounding:
+    delta = np.asarray(change, np.float64)
     old, new = (np.asarray(one.astype(jnp.float32), np.float64) for one in (weight, merged))
     wanted = delta != 0
     size = float(np.linalg.norm(delta))

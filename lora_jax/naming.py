@@ -12,8 +12,11 @@ part       meaning                                                          allo
 
 Patterns name modules, as ``paths.module_of`` gives them, and hold no shapes: transposes,
 convolutions and the heads of a DenseGeneral kernel (axes ``"ioo"``) follow from the axes in the
-plan, and ``peft.tensors`` flattens them. A kernel that is several modules in PyTorch, as a
-fused query-key-value is, has no row: one path has one name.
+plan, and ``peft.slots`` flattens them.
+
+A row to a ``Fused`` has a field of choices on one side only. On the JAX side, these kernels are
+side by side in one PyTorch weight; on the PyTorch side, one JAX kernel is these weights side by
+side. A module named ``….in_proj_weight`` is PyTorch's ``nn.MultiheadAttention``.
 """
 
 from __future__ import annotations
@@ -21,11 +24,58 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from . import paths as paths_
 from .errors import AdapterError, ConfigError, raise_all
 
-Table = Mapping[str, str]
+
+@dataclass(frozen=True)
+class Fused:
+    """The PyTorch side of a row whose kernels are one weight on one side, several on the other.
+
+    ``W[o] = parts[order(o)]`` over the output axis o, one part after the other (``"blocks"``) or
+    for each head in turn its rows of every part (``"heads"``), as GPT-NeoX and BLOOM have them.
+
+    Args:
+        torch: the pattern. The parts are the choices, in their order, of the field that only
+            one side has.
+        order: ``"blocks"`` or ``"heads"``.
+        heads: how many heads, or groups of heads, follow each other; None reads it from kernels
+            that keep their heads apart.
+        widths: how wide the parts are relative to each other, where JAX has them fused; None for
+            equal ones. With 12 heads and 2 of key and value it is ``(6, 1, 1)``.
+
+    >>> torch_name({"h_{n}.{p:query|key|value}": Fused("h.{n}.c_attn")}, "h_0.key.kernel")
+    'h.0.c_attn'
+    """
+
+    torch: str
+    order: str = "blocks"
+    heads: int | None = None
+    widths: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is on the other side.
+
+    Args:
+        name: the module there.
+        part: which part of the fused weight this pair of modules shares.
+        parts: how many there are; one without ``fused``.
+        fused: the row's right side, where it is a ``Fused``.
+        jax_is_fused: whether the one weight of several parts is JAX's.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    fused: Fused | None = None
+    jax_is_fused: bool = False
+
+
+Table = Mapping[str, str | Fused]
 Names = Table | Callable[[str], str | None]
 
 # What embeddings are called in transformers; only to tell them from kernels.
@@ -42,7 +92,8 @@ def torch_name(table: Table, path: str) -> str | None:
         path: of the parameter, such as ``"h_0.attn.q.kernel"``.
 
     Returns:
-        The name, with a ``{}`` for the index of each stacked axis.
+        The name, with a ``{}`` for the index of each stacked axis; the first, where the kernel
+        is several modules (``places`` has all of them).
 
     Raises:
         ConfigError: lists every row whose sides do not fit each other.
@@ -53,7 +104,8 @@ def torch_name(table: Table, path: str) -> str | None:
     >>> torch_name({"layers.attn.q": "model.layers.{}.self_attn.q_proj"}, "layers.attn.q.kernel")
     'model.layers.{}.self_attn.q_proj'
     """
-    return _first([row[0] for row in _rows(tuple(table.items()))], paths_.module_of(path))
+    found = places(table, path)
+    return found[0].name if found else None
 
 
 def jax_name(table: Table, module: str) -> str | None:
@@ -75,7 +127,31 @@ def jax_name(table: Table, module: str) -> str | None:
     ...          "model.layers.7.self_attn.q_proj")
     'layers.attn.q'
     """
-    return _first([row[1] for row in _rows(tuple(table.items()))], module)
+    found = origins(table, module)
+    return found[0].name if found else None
+
+
+def places(names: Names, path: str) -> tuple[Place, ...]:
+    """Return every PyTorch module that a parameter's path is, or is a part of; empty for none.
+
+    >>> table = {"attn.qkv": Fused("attn.{p:q|k|v}_proj")}
+    >>> [place.name for place in places(table, "attn.qkv.kernel")]
+    ['attn.q_proj', 'attn.k_proj', 'attn.v_proj']
+    """
+    if isinstance(names, Mapping):
+        return _all(_rows(tuple(names.items())), paths_.module_of(path), 0)
+    name = name_of(names, path)
+    return () if name is None else (Place(name),)
+
+
+def origins(table: Table, module: str) -> tuple[Place, ...]:
+    """Return every JAX module that a PyTorch module is, or is a part of; empty for none.
+
+    >>> table = {"attn.{p:query|key|value}": Fused("attn.in_proj_weight")}
+    >>> [(place.name, place.part) for place in origins(table, "attn.in_proj_weight")]
+    [('attn.query', 0), ('attn.key', 1), ('attn.value', 2)]
+    """
+    return _all(_rows(tuple(table.items())), module, 1)
 
 
 def name_of(names: Names, path: str) -> str | None:
@@ -111,7 +187,7 @@ def torch_names(names: Names, paths: Iterable[str]) -> dict[str, str]:
     return {path: name for path, name in found.items() if name is not None}
 
 
-def stacked(table: Table, field: str = "layer") -> dict[str, str]:
+def stacked(table: Table, field: str = "layer") -> dict[str, str | Fused]:
     """Return the table for the same model with its layers stacked, as ``lax.scan`` wants them.
 
     Args:
@@ -122,44 +198,105 @@ def stacked(table: Table, field: str = "layer") -> dict[str, str]:
     {'model.layers.mlp.up_proj': 'model.layers.{}.mlp.up_proj'}
     """
     own = f"{{{field}}}"
+
+    def unnumbered(torch: str | Fused) -> str | Fused:
+        if isinstance(torch, Fused):
+            return replace(torch, torch=torch.torch.replace(own, "{}"))
+        return torch.replace(own, "{}")
+
     return {
-        jax.replace(f".{own}", "").replace(f"_{own}", ""): torch.replace(own, "{}")
+        jax.replace(f".{own}", "").replace(f"_{own}", ""): unnumbered(torch)
         for jax, torch in table.items()
     }
 
 
 Rule = tuple[re.Pattern[str], str]
+Items = tuple[tuple[str, str | Fused], ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One pair of modules: what both directions match and make of it, and which part it is."""
+
+    rules: tuple[Rule, Rule]
+    place: Place
+    source: str
 
 
 @functools.cache
-def _rows(table: tuple[tuple[str, str], ...]) -> tuple[tuple[Rule, Rule], ...]:
-    """Return both directions of every row: what it matches, and what it makes of that."""
+def _rows(table: Items) -> tuple[_Row, ...]:
+    """Return every row, those of a ``Fused`` one for each part."""
     raise_all(ConfigError, "this table of names has rows that do not work", _problems(table))
-    rows = []
-    for jax, torch in table:
-        choices = {name: choice for name, choice in _FIELD.findall(jax)}
-        rows.append(
-            (
-                (_regex(jax, choices), torch),
-                (_regex(torch, choices), _FIELD.sub(r"{\1}", jax)),
-            )
-        )
-    return tuple(rows)
+    return tuple(row for jax, torch in table for row in _parts(jax, torch))
 
 
-def _problems(table: tuple[tuple[str, str], ...]) -> list[str]:
+def _parts(jax: str, torch: str | Fused) -> Iterable[_Row]:
+    if isinstance(torch, str):
+        yield _row(jax, torch, Place(""), jax)
+        return
+    [(name, choices)] = _lone(jax, torch.torch)
+    fused_in_jax = name not in _choices(jax)
+    for part, own in enumerate(choices):
+        chosen = functools.partial(_chosen, name, own)
+        here, there = _FIELD.sub(chosen, jax), _FIELD.sub(chosen, torch.torch)
+        yield _row(here, there, Place("", part, len(choices), torch, fused_in_jax), jax)
+
+
+def _chosen(name: str, choice: str, field: re.Match[str]) -> str:
+    return choice if field[1] == name else field[0]
+
+
+def _row(jax: str, torch: str, place: Place, source: str) -> _Row:
+    choices = _choices(jax)
+    there = (_regex(jax, choices), torch)
+    return _Row((there, (_regex(torch, choices), _FIELD.sub(r"{\1}", jax))), place, source)
+
+
+def _choices(pattern: str) -> dict[str, str]:
+    """Return what the fields of a pattern may be; nothing stands for a number."""
+    return {name: choice for name, choice in _FIELD.findall(pattern)}
+
+
+def _lone(jax: str, torch: str) -> list[tuple[str, list[str]]]:
+    """Return the fields that one side alone has, and their choices."""
+    own, other = _choices(jax), _choices(torch)
+    return [
+        (name, (own | other)[name].split("|"))
+        for name in sorted((own.keys() ^ other.keys()) - {""})
+    ]
+
+
+def _problems(table: Items) -> list[str]:
     found, seen = [], {}
-    for jax, torch in table:
-        own, other = ({name for name, _ in _FIELD.findall(side)} for side in (jax, torch))
-        if "" in own:
+    for jax, row in table:
+        torch = row.torch if isinstance(row, Fused) else row
+        if "" in _choices(jax):
             found.append(f"{jax!r}: got '{{}}', which only the PyTorch side may have")
-        if own - {""} != other - {""}:
-            found.append(f"{jax!r}: got the fields {sorted(own)}, for PyTorch {sorted(other)}")
-        meaning = _filled(torch, {name: field for field, name in _fields(jax)})
-        if meaning in seen:
-            found.append(f"{jax!r}: gives {torch!r}, as {seen[meaning]!r} does")
-        seen[meaning] = jax
+        lone = _lone(jax, torch)
+        if isinstance(row, Fused):
+            found += [f"{jax!r}: {problem}" for problem in _unfit(row, lone)]
+        elif lone:
+            own, other = (sorted(_choices(side).keys() - {""}) for side in (jax, torch))
+            found.append(f"{jax!r}: got the fields {own}, for PyTorch {other}")
+        own = {name: field for field, name in _fields(jax)}
+        split = [{name: one} for name, many in lone if name in _choices(torch) for one in many]
+        parts = [_filled(torch, own | chosen) for chosen in split or [{}]]
+        for part in parts:
+            if part in seen:
+                found.append(f"{jax!r}: gives {part!r}, as {seen[part]!r} does")
+            seen[part] = jax
     return found
+
+
+def _unfit(row: Fused, lone: list[tuple[str, list[str]]]) -> Iterable[str]:
+    if len(lone) != 1 or len(lone[0][1]) < 2:
+        yield f"got {row.torch!r}, wanted one field of choices that only one side has"
+    elif row.widths and (len(row.widths) != len(lone[0][1]) or min(row.widths) < 1):
+        yield f"got widths {row.widths}, wanted {len(lone[0][1])} of at least 1"
+    if row.order not in ("blocks", "heads"):
+        yield f"got order {row.order!r}, wanted 'blocks' or 'heads'"
+    elif row.heads is not None and (row.order == "blocks" or row.heads < 1):
+        yield f"got heads={row.heads} with order {row.order!r}"
 
 
 def _fields(pattern: str) -> list[tuple[str, str]]:
@@ -180,11 +317,16 @@ def _regex(pattern: str, choices: Mapping[str, str]) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _first(rules: Iterable[Rule], name: str) -> str | None:
-    for regex, template in rules:
-        if found := regex.fullmatch(name):
-            return _filled(template, found.groupdict())
-    return None
+def _all(rows: Iterable[_Row], name: str, way: int) -> tuple[Place, ...]:
+    """Return what the first row that fits makes of a name, with every part of it."""
+    found: list[Place] = []
+    source = None
+    for row in rows:
+        regex, template = row.rules[way]
+        if source in (None, row.source) and (match := regex.fullmatch(name)):
+            source = row.source
+            found.append(replace(row.place, name=_filled(template, match.groupdict())))
+    return tuple(found)
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:

@@ -2,10 +2,13 @@
 
 ``lora_jax.naming`` explains the patterns. The Flax models of ``transformers`` have PyTorch's module
 names; their tables refuse what is not of the family, and ``stacked(TABLE)`` is for their layers
-stacked.
+stacked. A table holds names and no values: a model whose kernels are permuted or scaled against
+PyTorch's, as Llama's in Meta's order of RoPE are, needs more than a table.
 """
 
 from __future__ import annotations
+
+from .naming import Fused
 
 
 def _same(*patterns: str) -> dict[str, str]:
@@ -72,6 +75,28 @@ VIT = _same(
     "classifier",
 )
 
+CLIP = _same(
+    "text_model.embeddings.{p:token|position}_embedding",
+    "vision_model.embeddings.{p:patch|position}_embedding",
+    "{side:text|vision}_model.encoder.layers.{layer}.self_attn.{p:q_proj|k_proj|v_proj|out_proj}",
+    "{side:text|vision}_model.encoder.layers.{layer}.{p:mlp.fc1|mlp.fc2|layer_norm1|layer_norm2}",
+    "text_model.final_layer_norm",
+    "vision_model.{p:pre_layrnorm|post_layernorm}",
+    "{p:text|visual}_projection",
+)
+
+WHISPER = _same(
+    "{model:model.|}encoder.conv{n}",
+    "{model:model.|}{side:encoder|decoder}.embed_{p:tokens|positions}",
+    "{model:model.|}{side:encoder|decoder}.layer_norm",
+    "{model:model.|}{side:encoder|decoder}.layers.{layer}.{a:self_attn|encoder_attn}"
+    ".{p:q_proj|k_proj|v_proj|out_proj}",
+    "{model:model.|}{side:encoder|decoder}.layers.{layer}.{p:fc1|fc2}",
+    "{model:model.|}{side:encoder|decoder}.layers.{layer}"
+    ".{p:self_attn|encoder_attn|final}_layer_norm",
+    "proj_out",
+)
+
 # Mistral, Gemma and their kin have Llama's names.
 LLAMA = _same(
     "{model:model.|}{p:embed_tokens|norm}",
@@ -97,4 +122,26 @@ VIT_FLAX = {
     f"{_BLOCK}.LayerNorm_2": f"{_LAYER}.layernorm_after",
     "Transformer.encoder_norm": "vit.layernorm",
     "head": "classifier",
+}
+
+# transformers' Flax CLIP to OpenCLIP, whose attention is PyTorch's nn.MultiheadAttention.
+_SIDES = {"vision_model": "visual.", "text_model": ""}
+OPEN_CLIP: dict[str, str | Fused] = {
+    f"{side}.encoder.layers.{{layer}}.{jax}": torch
+    for side, own in _SIDES.items()
+    for jax, torch in {
+        "self_attn.{p:q_proj|k_proj|v_proj}": Fused(
+            f"{own}transformer.resblocks.{{layer}}.attn.in_proj_weight"
+        ),
+        "self_attn.out_proj": f"{own}transformer.resblocks.{{layer}}.attn.out_proj",
+        "mlp.fc1": f"{own}transformer.resblocks.{{layer}}.mlp.c_fc",
+        "mlp.fc2": f"{own}transformer.resblocks.{{layer}}.mlp.c_proj",
+        "layer_norm{n:1|2}": f"{own}transformer.resblocks.{{layer}}.ln_{{n}}",
+    }.items()
+} | {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,12 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from . import paths
+from .adam import Number, Rate, adamw, adamw_decayed_last
 from .adapter import STACKED, Adapter, is_number, rank
 from .entries import entries, labelled, map_pairs
 from .errors import AdapterError, raise_all
 from .lowrank import accumulation_dtype
 
-Number = int | float
-Rate = Number | optax.Schedule
 Recipe = Callable[[Rate, Number], optax.GradientTransformation]
 
 # PEFT's: it keeps AᵀA invertible and moves nothing else.
@@ -34,11 +33,6 @@ _FA_DAMPING = 1e-8
 
 # Leaves of an adapter that no optimizer may move: a scale that is an array.
 _FIXED = ("scale",)
-
-
-def adamw(learning_rate: Rate, weight_decay: Number) -> optax.GradientTransformation:
-    """Return ``optax.adamw``, as a recipe of learning rate and weight decay."""
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
 def loraplus(
@@ -141,7 +135,7 @@ def lora_fa(
     def project(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return map_pairs(_projected, updates, params), state
 
-    adam = _adam_decayed_last(learning_rate, b1, b2, eps, weight_decay, correct_bias)
+    adam = adamw_decayed_last(learning_rate, b1, b2, eps, weight_decay, correct_bias)
     return optax.chain(optax.GradientTransformation(check, project), freeze(adam, "a"))
 
 
@@ -207,50 +201,6 @@ def freeze(inner: optax.GradientTransformation, *parts: str) -> optax.GradientTr
     return optax.partition(groups, labels)
 
 
-class AdamState(NamedTuple):
-    """The number of steps and both moments."""
-
-    steps: Array
-    mu: Any
-    nu: Any
-
-
-def _adam_decayed_last(
-    learning_rate: Rate, b1: Number, b2: Number, eps: Number, decay: Number, correct_bias: bool
-) -> optax.GradientTransformation:
-    """Return AdamW as transformers once had it, and PEFT's LoRA-FA has."""
-
-    def init(params: Any) -> AdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return AdamState(jnp.zeros((), jnp.int32), zeros, zeros)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-        count = state.steps + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-
-        def move(p: Array, m: Array, v: Array) -> Array:
-            wide = accumulation_dtype(p.dtype)
-            t = count.astype(wide)
-            size = jnp.asarray(rate, wide)
-            if correct_bias:
-                size = size * jnp.sqrt(_one_minus_power(b2, t)) / _one_minus_power(b1, t)
-            step = -size * m.astype(wide) / (jnp.sqrt(v.astype(wide)) + eps)
-            return (step - jnp.asarray(rate, wide) * decay * (p.astype(wide) + step)).astype(
-                p.dtype
-            )
-
-        return jax.tree.map(move, params, mu, nu), AdamState(count, mu, nu)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _one_minus_power(base: Number, t: Array) -> Array:
-    """Return ``1 - base**t``; float32 loses half the digits of ``1 - 0.999**t`` at small t."""
-    return -jnp.expm1(t * math.log(base)) if base else jnp.ones_like(t)
-
-
 def _projected(_: str, gradient: Adapter, adapter: Adapter) -> Adapter:
     a, g = _down(adapter.a, adapter), _up(gradient.b, adapter)
     whole = _damped_inverse(a.swapaxes(1, 2) @ a, _FA_DAMPING) @ g
@@ -306,8 +256,12 @@ def _group(embeddings: Collection[str], path: str, field: str, leaf: Any) -> str
         name = paths.leaf_name(path)
         vector = leaf.ndim < 2 or name in paths.BIAS_NAMES or name == "scale"
         return "vector" if vector else "a"
+    if field == "values":  # of rows
+        return "a"
     if path in embeddings:
         return "embedding"
+    if field == "bias":
+        return "vector"
     return "a" if field == "a" else "b"
 
 

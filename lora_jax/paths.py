@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,9 @@ SEPARATOR = "."
 BIAS_NAMES = frozenset({"bias", "b"})
 _PART = re.compile(r"\[\d+:\d+\]$")
 _LEAF_NAMES = frozenset({"kernel", "weight", "w", "embedding", "scale"}) | BIAS_NAMES
+
+# PyTorch's nn.MultiheadAttention: query, key and value as one weight of its own, and a child.
+IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
@@ -80,11 +83,23 @@ def module_of(path: str) -> str:
     """Return the name that PEFT's patterns see: the path of the module that owns the leaf.
 
     Haiku's "/" counts as a separator. A leaf without one of the usual weight names
-    (``kernel``, ``weight``, ``w``, ``embedding``, …) is its own module.
+    (``kernel``, ``weight``, ``w``, ``embedding``, …) is its own module; ``in_proj_weight``
+    belongs to PyTorch's attention, which has its own.
 
     >>> module_of("encoder.layer.0.query.kernel"), module_of("mlp/~/linear_0.w"), module_of("wq")
     ('encoder.layer.0.query', 'mlp.~.linear_0', 'wq')
     """
     path = path.replace("/", SEPARATOR)
     parent, _, name = path.rpartition(SEPARATOR)
-    return parent if parent and name in _LEAF_NAMES else path
+    return parent if parent and name in _LEAF_NAMES | {IN_PROJ} else path
+
+
+def attentions(paths: Collection[str]) -> dict[str, str]:
+    """Return the modules that have PyTorch's ``in_proj_weight`` by the paths of their two weights.
+
+    >>> attentions(["attn.in_proj_weight", "attn.out_proj.weight", "attn.out_proj.bias"])
+    {'attn.in_proj_weight': 'attn', 'attn.out_proj.weight': 'attn'}
+    """
+    found = {path: module_of(path) for path in paths if leaf_name(path) == IN_PROJ}
+    outs = {f"{owner}.{OUT_PROJ}.weight": owner for owner in found.values()}
+    return found | {path: outs[path] for path in paths if path in outs}

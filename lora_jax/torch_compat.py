@@ -6,7 +6,9 @@ an overload that does not exist: a stand-in for it is all that the tables need, 
 import is done. Where torchax imports by itself, PyTorch is not touched.
 
 As torchax registers its device, PyTorch's own ``torch.random.fork_rng`` asks it for the state of a
-device by number, which its function does not take. It is made to take one and pass over it.
+device by number, which its function does not take. It is made to take one and pass over it. And
+as it calls that device available, ``torch.compile`` asks PyTorch for the device's stream, which
+PyTorch has none of. Where it has none, the device says that it is not available.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def import_torchax() -> ModuleType:
         except AttributeError:
             with stand_ins():
                 torchax = _load()
-        _take_a_device(importlib.import_module("torchax.device_module"))
+        device = importlib.import_module("torchax.device_module")
+        _take_a_device(device)
+        _have_no_streams(device)
         return torchax
     except (ImportError, AttributeError) as error:
         raise ImportError(f"torchax cannot be imported: {error}; {INSTALL}") from error
@@ -89,6 +93,16 @@ def _take_a_device(module: ModuleType) -> None:
     own = module.get_rng_state
     if not inspect.signature(own).parameters:
         module.get_rng_state = lambda device=None: own()  # pyright: ignore
+
+
+def _have_no_streams(module: ModuleType) -> None:
+    """Let PyTorch ask for no stream of the device, where it is not linked with any."""
+    import torch
+
+    try:
+        torch.accelerator.current_device_index()
+    except RuntimeError:
+        module.is_available = lambda: False  # pyright: ignore
 
 
 def _load() -> ModuleType:

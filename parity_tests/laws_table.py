@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lora_jax.parity.suite.torch_models import MODELS
 from parity_tests import (
     laws,
     test_frameworks,
     test_laws,
     test_third_party,
-    test_torch_front,
     third_party,
 )
 
@@ -55,7 +55,7 @@ def page() -> str:
 def _through_torch() -> str:
     lines = ["| model | targets | outputs | loss | gradients | merged | PEFT's file | identity |"]
     lines += ["|---" * 8 + "|"]
-    for name, model in test_torch_front.MODELS.items():
+    for name, model in MODELS.items():
         lines.append(f"| `{name}` | {', '.join(model.targets)} |{' yes |' * 6}")
     return (
         "## PyTorch models of transformers through `from_torch`, against PEFT\n\n"

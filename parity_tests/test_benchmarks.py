@@ -10,13 +10,18 @@ import math
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import cases, environment, harness, report, stats
-from benchmarks.harness import BenchmarkError, Case, Contestant
+from benchmarks import cases, environment, harness, limits, memory, report, rows, stats, tables
+from benchmarks.case import BenchmarkError, Case, Contestant, Needed, Unsupported, Work
+from benchmarks.commands import run as run_command
+from benchmarks.contestants import compiled
+from benchmarks.limits import Limits
 
 ROUNDS = 20
 
@@ -47,7 +52,7 @@ class Bench:
                 self.now += next(first) + seconds * math.exp(jitter * self.rng.normal())
                 return next(losses)
 
-            return step
+            return Work(step)
 
         return Contestant(name, setup, **fields)
 
@@ -149,7 +154,7 @@ def test_steps_are_taken_in_turns_and_compilation_stands_apart():
         assert timing.setup_seconds == 5.0
         assert timing.first_seconds == 9.0 + seconds
         assert timing.seconds == pytest.approx((seconds,) * 3)
-        assert timing.results == (1.0, 0.5)
+    assert result.steps_checked == 2
 
 
 def test_the_progress_counts_every_step():
@@ -173,7 +178,9 @@ def test_an_unequal_contestant_is_refused_at_any_step_and_never_timed(step):
         off = bench.contestant("other", result=lambda n: (1 + 2e-6 * (n == step)) / n)
         return bench.contestant("ours"), bench.contestant("same"), off
 
-    with pytest.raises(BenchmarkError, match="other: got a relative difference of 2.0e-06") as e:
+    with pytest.raises(
+        BenchmarkError, match="of step . got a|other: .*relative difference of 2.0e-06"
+    ) as e:
         bench.run(*contestants())
     assert "same:" not in str(e.value)
     assert len(bench.order) == 3 * 4
@@ -184,7 +191,7 @@ def test_an_unequal_contestant_is_refused_at_any_step_and_never_timed(step):
 def test_results_that_never_change_prove_nothing():
     bench = Bench()
     stuck = [bench.contestant(name, result=lambda n: 0.5) for name in "ab"]
-    with pytest.raises(BenchmarkError, match=r"every step of a gave 0\.5"):
+    with pytest.raises(BenchmarkError, match="every step of a gave the same result"):
         bench.run(*stuck)
 
 
@@ -192,17 +199,104 @@ def test_results_that_never_change_prove_nothing():
 def test_a_result_that_is_not_finite_is_refused(step):
     bench = Bench()
     broken = bench.contestant("b", result=lambda n: math.nan if n == step else 1 / n)
-    with pytest.raises(BenchmarkError, match="b: got the result nan"):
+    with pytest.raises(BenchmarkError, match="b: result is not finite"):
         bench.run(bench.contestant("a"), broken)
 
 
-def test_a_missing_library_names_the_extra(monkeypatch):
-    def setup():
-        import peft  # noqa: F401
+def missing():
+    import peft  # noqa: F401
 
+
+def unable():
+    raise Unsupported("it has no merge")
+
+
+@pytest.mark.parametrize(
+    ("setup", "why"),
+    [(missing, 'peft is not installed: pip install "lora_jax[bench]"'), (unable, "no merge")],
+)
+def test_who_cannot_take_part_is_in_the_table_with_the_reason(setup, why, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(BenchmarkError, match=r'peft is not installed: pip install "lora_jax\[be'):
-        Bench().run(Contestant("theirs", setup))
+    bench = Bench()
+    result = bench.run(bench.contestant("ours"), Contestant("theirs", setup), bench.contestant("c"))
+    assert why in result.skipped["theirs"] and [t.contestant for t in result.timings] == [
+        "ours",
+        "c",
+    ]
+    shown = text(report.Report({}, (result,)))
+    assert "skipped" in shown and why in shown
+    with pytest.raises(BenchmarkError, match="case: theirs: "):
+        bench.run(Contestant("theirs", setup), bench.contestant("ours"))
+
+
+def test_arrays_are_compared_whole_and_by_name():
+    def contestant(name, **arrays):
+        return Contestant(name, lambda: Work(lambda: arrays))
+
+    rng = np.random.default_rng(0)
+    y, g = rng.normal(size=(4, 3)), rng.normal(size=5)
+    ours = contestant("ours", y=y, g=g)
+    same = dict(same=True, tolerance=1e-6, rounds=6)
+    assert Bench().run(ours, contestant("b", y=y, g=g), **same).difference == 0
+    bad = g.copy()
+    bad[2] *= 1 + 1e-4
+    for other in (contestant("b", y=y, g=bad), contestant("b", y=y), contestant("b", y=y.T, g=g)):
+        with pytest.raises(BenchmarkError, match="b: "):
+            Bench().run(ours, other, **same)
+    with pytest.raises(BenchmarkError, match="g of ours is zero everywhere"):
+        Bench().run(contestant("ours", y=y, g=0 * g), contestant("b", y=y, g=0 * g), **same)
+
+
+def test_timing_stops_at_the_given_second_though_not_before_six_rounds():
+    for seconds, rounds in ((1.0, 6), (9.0, 10), (1000.0, ROUNDS)):
+        bench = Bench()
+        one = bench.contestant("a", 1.0, jitter=0)
+        result = bench.run_case(Case("c", "", (one,), 0.0, rounds=ROUNDS), seconds=seconds)
+        assert len(result.timings[0].seconds) == rounds
+
+
+def test_the_flops_of_a_compiled_scan_are_those_of_every_step():
+    def ten(x):
+        return jax.lax.scan(lambda h, _: (h @ h, None), x, None, length=10)[0]
+
+    found = compiled(ten, jnp.ones((8, 8)))
+    assert found.flops // (2 * 8**3) == 10 and found.seconds > 0
+    assert found.call(jnp.zeros((8, 8))).shape == (8, 8)
+
+
+def test_the_share_of_the_limit_is_what_the_peaks_say():
+    bench = Bench()
+    needed = Needed(flops=5 * 10**8, bytes=10**6)
+    result = bench.run(bench.contestant("ours", 1.0, jitter=0), needed=needed)
+    for bandwidth, share in ((1e8, 0.5), (1e6, 1.0)):
+        peaks = Limits("a device", {"float32": 1e9}, bandwidth)
+        (timing,) = result.timings
+        assert rows.share(result, timing, peaks) == pytest.approx(share)
+    assert rows.share(result, timing, None) is None
+
+
+def test_measured_peaks_are_positive_and_go_through_json():
+    peaks = limits.Limits("cpu", {"float32": 1e11}, 1e10, {"float32": 2e11})
+    found = report.Report({}, (), peaks, {"case": "why"})
+    assert report.from_json(report.to_json(found)) == found
+    assert "50% of the published float32" in text(found) and "case gave no result" in text(found)
+
+
+def holding(megabytes):
+    def setup():
+        held = np.ones(megabytes * 2**17)
+        return Work(lambda: float(held[0]))
+
+    return Contestant(f"{megabytes}", setup)
+
+
+@pytest.mark.skipif(memory.resident() is None, reason="this system does not tell")
+def test_a_peak_is_what_was_allocated(tmp_path):
+    case = Case("c", "", (holding(10), holding(300)), 0.0)
+    small, large = (memory.observe(case, name) for name in ("10", "300"))
+    assert 250 * 2**20 < large.peak - small.peak < 350 * 2**20
+    with pytest.raises(BenchmarkError, match="no contestant"):
+        memory.observe(case, "other")
 
 
 def sample():
@@ -214,7 +308,7 @@ def sample():
 
 def text(found):
     out = io.StringIO()
-    Console(width=140, file=out).print(report.render(found))
+    Console(width=180, file=out).print(tables.render(found))
     return out.getvalue()
 
 
@@ -235,7 +329,7 @@ def test_json_round_trips_and_its_summary_follows_from_the_raw_figures():
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"schema": 2}', b'{"schema": 1, "environment": {}}', b"\xff"]
+    "content", [b"", b"[]", b"{}", b'{"schema": 1}', b'{"schema": 2, "environment": {}}', b"\xff"]
 )
 def test_a_file_that_is_no_report_is_an_error(content):
     with pytest.raises(BenchmarkError):
@@ -260,27 +354,58 @@ def test_the_table_shows_times_ratio_check_and_settings():
 @pytest.fixture
 def fake_case(monkeypatch):
     bench = Bench()
-    case = Case("fake", "", (bench.contestant("a"), bench.contestant("b")), 0.0)
-    monkeypatch.setattr(command, "CASES", {"fake": case})
-    monkeypatch.setattr(command, "run", bench.run_case)
+    names = ("a", "PEFT eager", "PEFT compiled", "other")
+    case = Case("fake", "", tuple(map(bench.contestant, names)), 0.0, memory=False)
+    broken = Case("broken", "", (bench.contestant("a", result=lambda n: 0.5),), 0.0)
+    monkeypatch.setattr(run_command, "CASES", {"fake": case, "broken": broken})
+    monkeypatch.setattr(run_command, "run", bench.run_case)
+    peaks = Limits("cpu", {"float32": 1e11}, 1e10)
+    monkeypatch.setattr(run_command.limits, "measure", lambda: peaks)
+    return bench
 
 
 def test_the_command_prints_a_table_and_writes_json(fake_case, tmp_path, capsys):
     target = tmp_path / "out.json"
-    command.main(["--cases", "fake", "--rounds", "7", "--json", str(target)])
+    options = ["--cases", "fa*", "--against", "PEFT*", "--rounds", "7", "--json", str(target)]
+    command.main(["run", *options])
     (result,) = report.from_json(target.read_bytes()).results
     assert result.case == "fake" and len(result.timings[0].seconds) == 7
+    assert [t.contestant for t in result.timings] == ["a", "PEFT eager", "PEFT compiled"]
     assert "median" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_costs_no_other_and_the_status_says_so(fake_case, tmp_path, capsys):
+    target = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as stop:
+        command.main(["run", "--json", str(target)])
+    assert stop.value.code == 1
+    found = report.from_json(target.read_bytes())
+    assert [r.case for r in found.results] == ["fake"] and "same result" in found.failed["broken"]
+    assert "broken gave no result" in capsys.readouterr().out
 
 
 def test_every_bad_option_is_listed_before_anything_runs(fake_case, tmp_path, capsys):
     missing = tmp_path / "missing" / "out.json"
+    options = ["--cases", "fake", "other", "--rounds", "0", "--json", str(missing)]
     with pytest.raises(SystemExit) as stop:
-        command.main(["--cases", "fake", "other", "--rounds", "0", "--json", str(missing)])
+        command.main(["run", *options, "--seconds", "0", "--against", "nobody"])
     assert stop.value.code == 1
     said = capsys.readouterr().err
-    for part in ("'other', wanted one of fake", "got 0, wanted at least 1", "existing directory"):
+    for part in (
+        "'other' matches none of fake, broken",
+        "got 0, wanted at least 1",
+        "existing directory",
+        "got 0.0, wanted more than 0",
+        "'nobody' matches none of PEFT compiled, PEFT eager, other",
+    ):
         assert part in said
+    assert not fake_case.order
+
+
+def test_the_list_names_every_case(capsys):
+    command.main(["list"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in cases.CASES)
 
 
 def test_cases_are_named_by_their_keys():
@@ -295,3 +420,28 @@ def test_the_minilm_step_runs_with_equal_results(minilm_dir, sms_path):
     assert {"jax", "optax"} <= ours.versions.keys() and "peft" in theirs.versions
     assert len(ours.seconds) == len(theirs.seconds) == 1
     assert result.difference <= case.tolerance
+
+
+def test_short_steps_are_timed_after_untimed_ones_as_many_for_everyone():
+    taken = {"ours": 0, "theirs": 0}
+    now = itertools.count()
+
+    def contestant(name):
+        def step():
+            taken[name] += 1
+            return 1.0
+
+        return Contestant(name, lambda: Work(step))
+
+    def run(tick):
+        taken.update(ours=0, theirs=0)
+        both = tuple(map(contestant, taken))
+        case = Case("case", "title", both, 0.0, same=True, rounds=3, checked=1, warm_up=0)
+        result = harness.run(case, clock=lambda: next(now) * tick)
+        assert [len(timing.seconds) for timing in result.timings] == [3, 3]
+        return dict(taken)
+
+    # The clock ticks once in a step: of 6 ms each, four untimed ones fill the time to settle.
+    assert run(0.006) == {"ours": 1 + 1 + 2 * 5, "theirs": 1 + 1 + 2 * 5}
+    assert run(0.1) == {"ours": 1 + 3, "theirs": 1 + 3}
+    assert run(1e-9)["ours"] == 1 + 1 + 2 * (harness.MOST_UNTIMED + 1)

@@ -26,6 +26,7 @@ CONVENTIONS = {
     True: (1 / math.sqrt(40), True),
     "kaiming_uniform": (1 / math.sqrt(40), True),
     "kaiming_uniform_rank": (1 / math.sqrt(6), True),
+    "torch": (1 / math.sqrt(40), True),
     "gaussian": (None, True),
     False: (1 / math.sqrt(40), False),
     "orthogonal": (None, False),

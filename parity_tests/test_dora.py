@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from lora_jax import Adapter, LoraConfig, lora, lowrank, merge, plan
 from lora_jax.errors import PlanError
 from parity_tests import laws, subjects, subjects_products, subjects_structure
-from parity_tests.laws import random_adapters, relative
+from parity_tests.laws import planned, relative
 from parity_tests.tiers import cases
 
 # Authors' derivatives and groups of rows have no rule for DoRA; a join along an in axis would
@@ -60,11 +61,57 @@ def test_law(law, subject):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_use_without_a_rule_for_dora_is_refused(name):
+def test_a_use_without_a_rule_for_dora_is_refused_by_the_plan(name):
     subject = next(s for s in SUBJECTS if s.name == name)
-    adapters, fn, params, args = random_adapters(subject)
-    with pytest.raises(PlanError, match=REFUSED[name]):
-        lora(fn)(params, adapters, *args)
+    with pytest.raises(PlanError, match=rf"{REFUSED[name]}.* \(.*subjects.*:\d+"):
+        planned(subject)
+    planned(next(s for s in EVERY if s.name == name))  # without DoRA there is one
+
+
+@pytest.mark.parametrize("name", cases(REFUSED, quick=("ragged_dot", "custom_vjp")))
+def test_what_has_no_rule_for_dora_may_be_formed(name):
+    subject = next(s for s in SUBJECTS if s.name == name)
+    options = {**subject.options, "on_unsupported": "materialize"}
+    formed = dataclasses.replace(subject, options=options, materialized=True)
+    found, *_ = planned(formed)
+    assert all(REFUSED[name] in leaf.materialized for leaf in found.adapted if leaf.materialized)
+    with laws.quick_compilation():
+        laws.merging(formed)
+
+
+def looked_up_both_ways(params, ids):
+    return params["w"][ids].sum() + params["w"][:, ids].sum()
+
+
+def kernel_used_both_ways(params, x):
+    def apply(x, kernel):
+        options = dict(feature_group_count=2, dimension_numbers=("NCW", kernel, "NCW"))
+        return lax.conv_general_dilated(x, params["w"], (1,), "SAME", **options)
+
+    return jnp.sum(jnp.sin(apply(x, "OIW"))) + jnp.sum(
+        jnp.sin(apply(jnp.tile(x, (1, 3, 1)), "IOW"))
+    )
+
+
+TWO_WAYS = {
+    "looked_up": (looked_up_both_ways, (5, 7), jnp.array([1, 2]), True, "gather of shape"),
+    "grouped": (kernel_used_both_ways, (6, 2, 3), jnp.ones((1, 4, 9)), False, "other way round"),
+}
+
+
+@pytest.mark.parametrize("case", TWO_WAYS)
+def test_the_second_of_two_ways_round_is_refused_by_the_plan(case):
+    fn, shape, x, dora, match = TWO_WAYS[case]
+    params = {"w": jnp.asarray(RNG.normal(size=shape), jnp.float32)}
+    config = LoraConfig(r=2, target_modules=["w"], use_dora=dora)
+    with pytest.raises(PlanError, match=rf"w: .*({match}).*test_dora.py"):
+        plan(fn, params, config, x)
+    found = plan(fn, params, dataclasses.replace(config, on_unsupported="materialize"), x)
+    adapters = jax.tree.map(
+        lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape), leaf.dtype), found.abstract()
+    )
+    wanted = fn(merge(params, adapters), x)
+    assert relative(lora(fn)(params, adapters, x), wanted) < 1e-5
 
 
 def fn(params, x):

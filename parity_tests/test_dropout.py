@@ -163,7 +163,9 @@ def test_the_mean_over_keys_is_the_result_without_dropout():
     assert (np.abs(np.mean(outs, axis=0) - wanted) < 5 * error).all()
 
 
-@pytest.mark.parametrize("name", ["heads_in", "experts", "tied", "jitted", "scan_remat"])
+@pytest.mark.parametrize(
+    "name", cases(["heads_in", "experts", "tied", "jitted", "scan_remat"], slow=("scan_remat",))
+)
 def test_dropout_leaves_the_base_path_alone(name):
     subject = next(s for s in subjects.ALL if s.name == name)
     found, _, params, (x,) = planned(subject)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.cli import main
 from parity_tests.test_bert import tiny_config
+from parity_tests.tiers import cases
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 IDS = torch.arange(12).reshape(2, 6)
@@ -326,7 +327,7 @@ def test_inspect_says_when_the_rank_is_far_too_large(tmp_path, capsys):
     assert "0.self_attn.q_proj: the effective rank is 1.0 of 8" in line
 
 
-@pytest.mark.parametrize("kind", ["cat", "svd", "ties"])
+@pytest.mark.parametrize("kind", cases(["cat", "svd", "ties"], slow=("ties",)))
 def test_combine_writes_what_peft_would_have(tiny, capsys, kind):
     root, model = tiny
     adapter_of(llama(), root / "two", seed=2)

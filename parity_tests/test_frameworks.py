@@ -174,8 +174,9 @@ SUBJECTS = [
 ]
 
 
-# The operations have these two laws in the default suite, and other models these two ways.
-SLOW = ("frugality", "transforms")
+# Laws that compile a whole model or run it op by op: the operations have them in the default
+# suite. The twins are models that others are alike.
+SLOW = ("frugality", "transforms", "identity")
 TWINS = ("linen_frozen_dict", "nnx_attention", "eqx_attention")
 
 

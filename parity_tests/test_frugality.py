@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from benchmarks import decoder
+from benchmarks.cases import decoder
 from lora_jax import Adapter, LoraConfig, frugality, lowrank, plan
 from lora_jax.errors import AdapterError, PlanError
 from lora_jax.rewrite import RULES

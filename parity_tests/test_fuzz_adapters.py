@@ -23,7 +23,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import LoraConfig, load_config, load_pretrained, open_adapter, plan, save_pretrained
+from lora_jax import (
+    LoraConfig,
+    load_config,
+    load_pretrained,
+    open_adapter,
+    plan,
+    regexes,
+    save_pretrained,
+)
 from lora_jax.errors import LoraError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -136,11 +144,15 @@ def reference(config, weights):
 
 # --- mutations ---
 
+# Eight ways to read each letter: it would take Python's re hours.
+HANGS = "((.|.|.|.|.|.|.|.)+)+!"
+
 VALUES = [
     *(None, True, False, 0, 1, 2, 3, -1, 1.5, 1e308, 2**31, 2**63, 2**64, 10**30, "", "q", "v"),
     *([], {}, ["q"], ["v"], ["q", "v", "k"], [1], [0, 1], {"q": 3}, {"v": 1, "q": 2}),
     *({"(?i)q": 2}, {"q(": 2}, {".*": 2}, ".*", "(q|v", r".*\.(q|v)", "all-linear", "none", "all"),
     *("lora_only", "gaussian", "pissa", "IA3", "é", "\x00", [["q"]], {"q": None}, [[], {}]),
+    *(HANGS, {HANGS: 2}),
 ]
 DTYPE_NAMES = [*DTYPES, "I32", "I64", "U8", "BOOL", "F4", "C64", "f32", ""]
 
@@ -269,6 +281,11 @@ def corpus(tmp_path_factory):
     return seeds, directory / "mutated", {repr(FIXED): planned(FIXED)}
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(regexes, "SECONDS", 1.0)
+
+
 @contextlib.contextmanager
 def watched():
     """Fail where one file takes longer than any may."""
@@ -361,6 +378,23 @@ def test_any_bytes_are_refused_or_read_rightly(corpus, data):
     stop = data.draw(st.integers(start, min(start + 8, len(content))))
     files[name] = content[:start] + data.draw(st.binary(max_size=8)) + content[stop:]
     check(files, directory, plans)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": HANGS},
+        {"exclude_modules": HANGS},
+        {"rank_pattern": {HANGS: 2}},
+        {"alpha_pattern": {"v": 5, HANGS: 2}},
+        {"layers_to_transform": [0], "layers_pattern": [HANGS]},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+def test_a_pattern_that_hangs_is_refused(fields, corpus):
+    seeds, directory, plans = corpus
+    changed = json.dumps(json.loads(seeds[0][CONFIG]) | fields).encode()
+    assert check(seeds[0] | {CONFIG: changed}, directory, plans) == 0
 
 
 @pytest.mark.parametrize("n", range(3))

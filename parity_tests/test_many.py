@@ -22,6 +22,7 @@ from lora_jax import (
     LoraError,
     lora,
     lowrank,
+    map_adapters,
     merge,
     per_example,
     rescale,
@@ -378,3 +379,32 @@ def test_no_adapter_needs_the_frozen_value_of_what_is_trained_in_full():
         assert float(choose(1)["bias"].value[0]) == 2.0
     picked = jax.jit(lambda i: select(stacked, i, params))(jnp.array([1, -1, 0]))
     assert picked["bias"].value[:, 0].tolist() == [2.0, 9.0, 1.0]
+
+
+@pytest.mark.parametrize("rows", [4, 300, 600, 4096], ids="rows {}".format)
+def test_mapped_a_few_at_a_time_they_are_what_they_are_at_once(rows):
+    stacked = stack([{"w": replace(PAIR, a=PAIR.a * n, scale=0.5 * n)} for n in range(1, 6)])
+    given = stacked.adapters, stacked.scales, jnp.arange(5.0)
+
+    def one(adapters, scales, shift):
+        def loss(adapters):
+            pair = rescale(adapters, scales)["w"]
+            return jnp.sum((pair.a @ pair.b * pair.scale + shift) ** 2)
+
+        return jax.value_and_grad(loss)(adapters)
+
+    mapped, at_once = map_adapters(one, rows=rows), jax.vmap(one)
+    jax.tree.map(np.testing.assert_array_equal, mapped(*given), at_once(*given))
+    loops = str(jax.make_jaxpr(mapped)(*given)).count("scan[")
+    assert loops == (jax.default_backend() == "cpu" and rows * 5 > 1024)
+
+
+@pytest.mark.parametrize("given", [(), (jnp.ones(2), jnp.float32(1))], ids=["none", "a scalar"])
+def test_what_has_no_leading_axis_is_not_mapped_over(given):
+    with pytest.raises(LoraError, match="whose arrays have a leading axis"):
+        map_adapters(lambda *args: args, rows=4)(*given)
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(LoraError, match="map_adapters: rows is 0, wanted 1 or more"):
+        map_adapters(lambda adapters: adapters, rows=0)

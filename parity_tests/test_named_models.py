@@ -21,7 +21,7 @@ from parity_tests.tiers import cases
 RELATIVE = 1e-5
 
 # One whose names are PyTorch's, and one whose layers are stacked; the others are slow.
-QUICK = ("bert", "llama, stacked")
+QUICK = ("bert", "llama, stacked", "neox, heads interleaved")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,10 @@ def test_peft_loads_our_file_and_gives_our_logits(family, tmp_path):
     loaded = load_config(tmp_path / "a", names=family.names, params=pair.params)
     again = plan(pair.fn, pair.params, loaded, pair.inputs)
     read = load_pretrained(tmp_path / "a", again, names=family.names)
-    jax.tree.map(np.testing.assert_array_equal, read, adapters)
+    if family.fused:
+        assert relative(laws.jit(lora(pair.fn))(pair.params, read, pair.inputs), theirs) <= RELATIVE
+    else:
+        jax.tree.map(np.testing.assert_array_equal, read, adapters)
     save_pretrained(tmp_path / "b", again, read, names=family.names)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -294,8 +294,8 @@ BROKEN = {
     "config a list": (lambda d: (d / "adapter_config.json").write_text("[]"), ["object"]),
     "another method": (lambda d: rewrite_config(d, peft_type="IA3"), ["peft_type", "IA3"]),
     "unsupported fields": (
-        lambda d: rewrite_config(d, lora_bias=True, target_parameters=["w"]),
-        ["lora_bias", "target_parameters"],
+        lambda d: rewrite_config(d, kasa_config={"x": 1}, use_qalora=True),
+        ["kasa_config", "use_qalora"],
     ),
     "a field of a wrong type": (lambda d: rewrite_config(d, r="8"), ["r: got '8'"]),
     "r = 0": (lambda d: rewrite_config(d, r=0), ["r: got 0"]),

@@ -27,11 +27,11 @@ from lora_jax import (
     save_pretrained,
 )
 from lora_jax.errors import AdapterError
+from lora_jax.parity.suite.torch_models import copied, trainable
 from lora_jax.peft.tensors import encode
 from lora_jax.torch import from_torch
 from parity_tests.laws import relative
 from parity_tests.oracle import UNIT_ROUNDOFF, assert_within_rule
-from parity_tests.training import copied, trainable
 
 V, D, OUT = 41, 30, 7
 RNG = np.random.default_rng(2)

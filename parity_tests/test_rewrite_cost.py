@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from benchmarks import decoder, decoder_step, harness, rewrite_trace
+from benchmarks import harness
+from benchmarks.cases import decoder, decoder_step, rewrite_trace
 from lora_jax import lora, plan
 from lora_jax.rewrite import runs
 from lora_jax.rewrite.frugality import compiled, count
@@ -50,7 +51,7 @@ def test_layers_that_repeat_each_other_are_evaluated_no_more_often(monkeypatch):
     assert 0 < few == many
 
 
-def test_the_low_rank_path_adds_four_equations_a_site():
+def test_the_low_rank_path_adds_the_equations_that_a_hand_would_write():
     case = dataclasses.replace(rewrite_trace.case(SIZES), rounds=1, warm_up=0)
     assert harness.run(case).difference == 0
 

@@ -16,8 +16,16 @@ import peft
 import pytest
 import safetensors.numpy
 
-from lora_jax import LoraConfig, load_config, load_pretrained, open_adapter, plan, save_pretrained
-from lora_jax.errors import AdapterError
+from lora_jax import (
+    LoraConfig,
+    load_config,
+    load_pretrained,
+    open_adapter,
+    peft_fields,
+    plan,
+    save_pretrained,
+)
+from lora_jax.errors import AdapterError, ConfigError
 from lora_jax.peft import AdapterFile, LoadReport, config_json, load_adapter_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -175,13 +183,14 @@ CONFIGS = {
         ["wanted a finite number"],
     ),
     "many unsupported": (
-        b'{"peft_type": "LORA", "lora_bias": true, "use_qalora": true, "layer_replication": [1],'
-        b' "target_parameters": ["w"], "eva_config": {"rho": 2}, "r": "8"}',
-        ["lora_bias", "use_qalora", "layer_replication", "target_parameters", "eva_config", "r:"],
+        b'{"peft_type": "LORA", "use_qalora": true, "layer_replication": [1],'
+        b' "kasa_config": {"x": 2}, "r": "8"}',
+        ["use_qalora", "layer_replication", "kasa_config", "r:"],
     ),
     "elements of other kinds": (
-        b'{"peft_type": "LORA", "target_modules": ["q", 1], "layers_to_transform": [true]}',
-        ["target_modules", "layers_to_transform"],
+        b'{"peft_type": "LORA", "target_modules": ["q", 1], "layers_to_transform": [true],'
+        b' "target_parameters": [1]}',
+        ["target_modules", "layers_to_transform", "target_parameters"],
     ),
     "expressions that end in others": (
         b'{"peft_type": "LORA", "rank_pattern": {"(?i)q": 2}, "target_modules": "q{99999999999}"}',
@@ -291,30 +300,33 @@ def test_every_field_of_peft_is_known_by_name():
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == config_json.KNOWN
     assert len(config_json.KNOWN) == 42
     theirs = peft.LoraConfig(target_modules=["q"]).to_dict()
-    for name, default in config_json.OTHER_DEFAULTS.items():
-        if name not in ("inference_mode", "runtime_config"):
+    for name, default in peft_fields.DEFAULTS.items():
+        if name != "inference_mode":
             assert theirs[name] == default, name
 
 
 NOT_DEFAULT = {
-    "alora_invocation_tokens": [1],
     "arrow_config": {"top_k": 1},
     "corda_config": {"x": 1},
-    "ensure_weight_tying": True,
     "eva_config": {"rho": 2},
     "kasa_config": {"x": 1},
     "layer_replication": [[0, 1]],
     "loftq_config": {"bits": 4},
-    "lora_bias": True,
     "lora_ga_config": {"x": 1},
     "megatron_config": {"x": 1},
     "monteclora_config": {"x": 1},
-    "target_parameters": ["w"],
-    "trainable_token_indices": [1],
     "use_bdlora": {"x": 1},
     "use_qalora": True,
     "velora_config": {"x": 1},
 }
+
+
+# What decides how adapters start says nothing about those in a file.
+STARTS = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+
+
+def named(error: Exception) -> set[str]:
+    return {line.split(":")[0].strip() for line in str(error).splitlines()[1:]}
 
 
 def test_all_that_is_not_supported_is_named_in_one_message(saved):
@@ -322,9 +334,22 @@ def test_all_that_is_not_supported_is_named_in_one_message(saved):
     with_config(**NOT_DEFAULT)(directory)
     with pytest.raises(AdapterError) as caught:
         load_config(directory)
-    assert {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]} == (
-        NOT_DEFAULT.keys()
-    )
+    assert named(caught.value) == NOT_DEFAULT.keys() - STARTS
+    with pytest.raises(ConfigError, match="target_module: .* target_modules") as caught:
+        LoraConfig(**NOT_DEFAULT, target_module=["q"], r=0)
+    assert named(caught.value) == {*NOT_DEFAULT, "target_module", "r"}
+
+
+def test_every_field_may_be_given_at_its_default():
+    theirs = peft.LoraConfig(r=4, target_modules=["q"]).to_dict()
+    assert LoraConfig(**theirs) == LoraConfig(r=4, target_modules=["q"])
+    assert dataclasses.replace(LoraConfig(r=4), lora_alpha=2) == LoraConfig(r=4, lora_alpha=2)
+
+
+def test_a_file_keeps_how_its_adapters_started(saved):
+    directory, _, _ = saved
+    with_config(eva_config={"rho": 2.0}, loftq_config={"bits": 4})(directory)
+    assert load_adapter_file(directory).other["eva_config"] == {"rho": 2.0}
 
 
 def test_newer_fields_are_kept_with_a_warning_and_come_back(saved):

@@ -22,6 +22,8 @@ SLOW = (
     "gpt_neo",
     "clip",
     "haiku_lstm",
+    "t5",
+    "whisper",
 )
 
 SUBJECTS = cases(third_party.ALL, slow=SLOW)

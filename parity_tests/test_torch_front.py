@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,8 +12,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
-from torch.overrides import TorchFunctionMode
 
 from lora_jax import (
     Full,
@@ -28,92 +23,52 @@ from lora_jax import (
     plan,
     save_pretrained,
 )
+from lora_jax.parity.suite.torch_models import (
+    CLASS,
+    DECODER,
+    MODELS,
+    NEXT,
+    TEXT,
+    D,
+    F,
+    H,
+    Model,
+    T,
+    V,
+    outputs,
+    outputs_and_gradients,
+)
+from lora_jax.parity.wide_torch import Wide, widened
 from lora_jax.peft.tensors import encode
 from lora_jax.torch import from_torch
 from parity_tests.laws import relative
-from parity_tests.oracle import UNIT_ROUNDOFF, Vacuous, assert_within_rule, rel_l2
+from parity_tests.oracle import UNIT_ROUNDOFF, assert_within_rule, rel_l2
 from parity_tests.tiers import cases
-from parity_tests.training import copied, trainable
+
+# What the other tests of whole models take from here.
+__all__ = [
+    "CLASS",
+    "DECODER",
+    "MODELS",
+    "NEXT",
+    "TEXT",
+    "D",
+    "F",
+    "H",
+    "Model",
+    "T",
+    "V",
+    "Wide",
+    "arrays",
+    "check",
+    "outputs",
+    "outputs_and_gradients",
+]
 
 UNIT = UNIT_ROUNDOFF["float32"]
 
 # Roundings in the chain of products behind one gradient or logit.
 CHAIN = 32.0
-
-B, T, V, D, F, H, L = 2, 7, 41, 21, 37, 3, 2
-IDS = np.random.default_rng(0).integers(0, V, (B, T))
-MASK = (np.arange(T) < [[5], [T]]).astype(np.int32)
-TEXT = dict(input_ids=IDS, attention_mask=MASK)
-NEXT = TEXT | dict(labels=np.where(MASK, IDS, -100))
-CLASS = dict(labels=np.array([3, 1]))
-IMAGE = dict(pixel_values=np.random.default_rng(0).normal(size=(B, 3, 10, 15)).astype(np.float32))
-COMMON = dict(attn_implementation="eager", initializer_range=0.3)
-LAYERS = dict(hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H)
-DECODER = LAYERS | dict(vocab_size=V, num_key_value_heads=1, head_dim=10, use_cache=False)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A transformers model with a random configuration, and what is done to it."""
-
-    model: Callable[[Any], Any]
-    config: Callable[..., Any]
-    sizes: Mapping[str, Any]
-    targets: tuple[str, ...]
-    batch: Mapping[str, np.ndarray]
-    saved: tuple[str, ...] | None = None
-    conv1d: bool = False
-
-    def make(self) -> Any:
-        torch.manual_seed(0)
-        return self.model(self.config(**self.sizes, **COMMON))
-
-    def peft_load(self, directory: Any, **kwargs: Any) -> Any:
-        # PEFT finds out by itself that GPT-2 keeps its weights as (in, out), and says so.
-        warns = partial(pytest.warns, UserWarning, match="fan_in_fan_out")
-        with warns() if self.conv1d else nullcontext():
-            return peft.PeftModel.from_pretrained(self.make(), directory, **kwargs).eval()
-
-
-MODELS = {
-    "llama": Model(
-        transformers.LlamaForCausalLM,
-        transformers.LlamaConfig,
-        DECODER,
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        NEXT,
-    ),
-    "qwen3": Model(
-        transformers.Qwen3ForCausalLM,
-        transformers.Qwen3Config,
-        DECODER | dict(tie_word_embeddings=True),
-        ("q_proj", "v_proj", "down_proj"),
-        NEXT,
-    ),
-    "bert": Model(
-        transformers.BertForSequenceClassification,
-        transformers.BertConfig,
-        LAYERS | dict(vocab_size=V, num_labels=5),
-        ("query", "value"),
-        TEXT | CLASS,
-        saved=("classifier",),
-    ),
-    "gpt2": Model(
-        transformers.GPT2LMHeadModel,
-        transformers.GPT2Config,
-        dict(vocab_size=V, n_embd=D, n_inner=F, n_layer=L, n_head=H, use_cache=False),
-        ("c_attn", "c_proj", "c_fc"),
-        NEXT,
-        conv1d=True,
-    ),
-    "vit": Model(
-        transformers.ViTForImageClassification,
-        transformers.ViTConfig,
-        LAYERS | dict(image_size=(10, 15), patch_size=5, num_labels=5),
-        ("query", "value", "intermediate.dense"),
-        IMAGE | CLASS,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -130,7 +85,7 @@ class Given:
     step: Callable[..., Any]
 
 
-@pytest.fixture(scope="module", params=cases(MODELS, slow=("llama",)))
+@pytest.fixture(scope="module", params=cases(MODELS, slow=("llama", "qwen3", "bert")))
 def given(request) -> Given:
     model = MODELS[request.param]
     module = model.make()
@@ -169,42 +124,6 @@ def given(request) -> Given:
     )
 
 
-class Wide(TorchFunctionMode):
-    """Makes float64 of every float32 that a model asks for, as its norms, softmax and RoPE do."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        wide = {torch.float32: torch.float64}
-        args = [wide.get(v, v) if isinstance(v, torch.dtype) else v for v in args]
-        kwargs = {
-            k: wide.get(v, v) if isinstance(v, torch.dtype) else v
-            for k, v in (kwargs or {}).items()
-        }
-        out = (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-            raise Vacuous(f"the oracle holds the float32 of {func}")
-        return out
-
-
-def outputs(model, batch, mode=nullcontext) -> dict[str, np.ndarray]:
-    """Return PyTorch's loss and logits."""
-    return copied(run(model, batch, mode))
-
-
-def outputs_and_gradients(model, batch, mode=nullcontext) -> dict[str, np.ndarray]:
-    """Return PyTorch's loss and logits, and the gradient of every trained tensor by PEFT's name."""
-    out = run(model, batch, mode)
-    out["loss"].backward()
-    return copied(out | {name: p.grad for name, p in trainable(model).items()})
-
-
-def run(model, batch, mode) -> dict[str, torch.Tensor]:
-    dtype = next(model.parameters()).dtype
-    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
-    with mode():
-        out = model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()})
-    return {"loss": out.loss, "logits": out.logits}
-
-
 def arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in tree.items()}
 
@@ -226,7 +145,7 @@ def test_outputs_and_gradients_are_pefts(given, tmp_path):
     before = {name: t.clone() for name, t in given.module.state_dict().items()}
     saved = save_pretrained(tmp_path / "adapter", given.plan, given.adapters)
     theirs = given.model.peft_load(saved, is_trainable=True)
-    truth = outputs_and_gradients(copy.deepcopy(theirs).double(), given.model.batch, Wide)
+    truth = outputs_and_gradients(widened(theirs), given.model.batch)
     got = ours(given, given.adapters)
     assert got.keys() == truth.keys()
     check(got, outputs_and_gradients(theirs, given.model.batch), truth)
@@ -237,6 +156,7 @@ def test_outputs_and_gradients_are_pefts(given, tmp_path):
     assert given.module.training
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing(given):
     fresh = given.plan.init(jax.random.key(0))
     with jax.disable_jit():
@@ -250,7 +170,7 @@ def test_fresh_adapters_change_nothing(given):
 
 def test_merged_parameters_give_what_pefts_merged_model_gives(given, tmp_path):
     theirs = given.model.peft_load(save_pretrained(tmp_path / "a", given.plan, given.adapters))
-    truth = outputs(copy.deepcopy(theirs).double(), given.model.batch, Wide)
+    truth = outputs(widened(theirs), given.model.batch)
     merged = given.base(merge(given.params, given.adapters))
     check(arrays(merged), outputs(theirs.merge_and_unload(), given.model.batch), truth)
 
@@ -270,6 +190,6 @@ def test_an_adapter_of_peft_gives_pefts_outputs(given, tmp_path):
     found = plan(given.fn, given.params, load_config(tmp_path), **given.model.batch)
     (loss, logits), _ = given.step(load_pretrained(tmp_path, found), given.params)
     got = arrays({"loss": loss, "logits": logits})
-    truth = outputs(copy.deepcopy(theirs).double(), given.model.batch, Wide)
+    truth = outputs(widened(theirs), given.model.batch)
     check(got, outputs(theirs, given.model.batch), truth)
     assert rel_l2(truth["logits"], arrays(given.base(given.params))["logits"]) > 1e-2

@@ -314,6 +314,13 @@ def test_pytorchs_random_state_can_be_forked_beside_torchax():
     assert torch.equal(after, torch.rand(3))
 
 
+def test_pytorch_compiles_beside_torchax():
+    module = torch.nn.Linear(3, 2)
+    compiled = torch.compile(module, backend="eager")
+    x = torch.ones(1, 3)
+    assert torch.equal(compiled(x), module(x))
+
+
 def test_no_stand_in_outlives_the_import():
     for name, overloads in torch_compat.NAMED_DIMENSIONS.items():
         for overload in overloads:

@@ -458,6 +458,7 @@ def test_finetuning_learns_and_says_what_it_did(options, job):
     assert planned.texts == (140, 20, 40) and planned.accuracy == result.accuracy_before
 
 
+@pytest.mark.slow
 def test_equal_options_give_equal_bytes_and_other_seeds_other_ones(options, job, tmp_path):
     def adapter(**changes):
         output = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -1,4 +1,8 @@
-"""Which cases of a table run by default, and which with ``-m slow``."""
+"""Which cases of a table run by default, and which with ``-m slow``.
+
+Of a test with many cases the default run takes every fifth: laws and subjects take turns, so that
+each law and each subject is still there. ``cases`` marks by name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,21 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
+
+# A test with more cases than this is thinned, to every fifth of them.
+LONG, EVERY = 5, 5
+
+
+def thin(items: Iterable[pytest.Item]) -> None:
+    """Mark as slow all but every fifth case of a test that has many."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for several in tests.values():
+        for n, item in enumerate(several if len(several) > LONG else ()):
+            if n % EVERY:
+                item.add_marker(pytest.mark.slow)
 
 
 def cases(

@@ -1,6 +1,6 @@
 """Ten AdamW steps of LoRA on BERT, three times: ours, PEFT's in float32, and the truth.
 
-The truth is PEFT's model in float64 with its gradients given to an AdamW in numpy, which clips by
+The truth is PEFT's model in float64 with its gradients given to the oracle's AdamW, which clips by
 the norm as defined; torch adds 1e-6 to the norm, which so counts as torch's own error.
 """
 
@@ -22,7 +22,9 @@ import transformers
 from numpy.typing import NDArray
 
 from lora_jax import Adapter, Full, LoraConfig, Plan, lora, plan, save_pretrained
-from lora_jax.peft.tensors import slots
+from lora_jax.parity import optimizers
+from lora_jax.parity.suite.torch_models import copied, trainable
+from lora_jax.peft.slots import slots
 from lora_jax.train.data import Batch
 from lora_jax.train.step import make_step, optimizer, start
 from parity_tests.oracle import rel_l2
@@ -159,27 +161,31 @@ def truth(given: Problem) -> Run:
     return run
 
 
+RULE = optimizers.Adam(RATE, (B1, B2), EPS, DECAY, decoupled_weight_decay=True)
+
+
 class AdamW:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm, in float64 and numpy."""
+    """The oracle's AdamW after clipping by the global norm, in float64."""
 
     def __init__(self, values: Tensors):
-        self.values = {name: value.astype(np.float64) for name, value in values.items()}
-        self.first = {name: np.zeros_like(value) for name, value in self.values.items()}
-        self.second = dict(self.first)
-        self.count = 0
+        self.state = optimizers.start(RULE, values, np.float64)
+
+    @property
+    def values(self) -> Tensors:
+        return self.state.values
+
+    @property
+    def first(self) -> Tensors:
+        return self.state.moments["exp_avg"]
+
+    @property
+    def second(self) -> Tensors:
+        return self.state.moments["exp_avg_sq"]
 
     def step(self, gradients: Tensors, rate: float) -> Tensors:
         """Take one step and return the new values."""
-        self.count += 1
-        norm = np.sqrt(sum(np.vdot(g, g) for g in gradients.values()))
-        for name, gradient in gradients.items():
-            g = gradient * min(1.0, CLIP / norm)
-            self.first[name] = B1 * self.first[name] + (1 - B1) * g
-            self.second[name] = B2 * self.second[name] + (1 - B2) * g * g
-            mean = self.first[name] / (1 - B1**self.count)
-            square = self.second[name] / (1 - B2**self.count)
-            step = mean / (np.sqrt(square) + EPS) + DECAY * self.values[name]
-            self.values[name] = self.values[name] - rate * step
+        clipped = optimizers.clip(gradients, CLIP)
+        self.state = optimizers.update(RULE, self.state, clipped, rate)
         return dict(self.values)
 
 
@@ -233,26 +239,6 @@ def tensors(plan: Plan, tree: Any) -> Tensors:
         for path, entry in tree.items()
         for part in (("a", "b") if isinstance(entry, Adapter) else ("value",))
     }
-
-
-def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Return what PEFT trains, by the names of its file."""
-    said_otherwise = {
-        ".modules_to_save.default": "",
-        ".default": "",
-        "lora_magnitude_vector.weight": "lora_magnitude_vector",
-    }
-
-    def in_file(name: str) -> str:
-        for inside, outside in said_otherwise.items():
-            name = name.replace(inside, outside)
-        return name
-
-    return {in_file(n): p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def copied(values: Mapping[str, torch.Tensor]) -> Tensors:
-    return {name: value.detach().numpy().copy() for name, value in values.items()}
 
 
 def difference(after: Tensors, before: Tensors) -> Tensors:

@@ -5,12 +5,14 @@ from .convert import ConvertOptions, convert_files
 from .diff import DiffOptions, diff_files
 from .inspect import InspectOptions, inspect_files
 from .merge import merge_files
+from .parity import ParityOptions
 
 __all__ = [
     "CombineOptions",
     "ConvertOptions",
     "DiffOptions",
     "InspectOptions",
+    "ParityOptions",
     "combine_files",
     "convert_files",
     "diff_files",

@@ -9,7 +9,7 @@ import jax
 
 from ..combining import combination_error, combine
 from ..peft import fitted, open_adapter, write_adapter
-from ..peft.bare import LOOKED_UP
+from ..peft.halves import LOOKED_UP
 from .tables import table
 
 

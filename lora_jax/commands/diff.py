@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import Adapter, Adapters, Full, rank
+from ..adapter import Adapter, Adapters, Entry, Full, Rows, rank
 from ..algebra import subtract
 from ..compressing import delta_norm
 from ..errors import AdapterError, raise_all
@@ -39,7 +39,7 @@ def diff_files(options: DiffOptions) -> str:
     """
     (file, adapters), (other_file, others) = map(open_adapter, (options.one, options.other))
     adapters, others = _widened(adapters), _widened(others)
-    problems = misfits([pairs_of(adapters), pairs_of(others)])
+    problems = misfits([_plain(adapters), _plain(others)])
     raise_all(AdapterError, "these adapters are not of one model", problems)
     rows = []
     for name in dict.fromkeys([*adapters, *others]):
@@ -56,22 +56,44 @@ _HEADINGS = ("module", "r", "|ΔW|", "relative difference")
 
 
 def _row(name: str, one: Any, other: Any) -> tuple[str, str, str, str]:
+    if isinstance(one, Rows) or isinstance(other, Rows):
+        return (name, "", "", f"rows trained, {_rows_difference(one, other)}")
     if isinstance(one, Full) or isinstance(other, Full):
         return (name, "", "", f"trained in full, {_full_difference(one, other)}")
     ranks = "/".join(map(str, dict.fromkeys([rank(one), rank(other)])))
     norms = "/".join(dict.fromkeys(f"{delta_norm(each):.4g}" for each in (one, other)))
-    return (name, ranks, norms, _said(difference(one, other)))
+    return (name, ranks, norms, _said(difference(one, other)) + _magnitudes(one, other))
+
+
+def _magnitudes(one: Adapter, other: Adapter) -> str:
+    """Say how DoRA's magnitudes differ, beside A·B; what both make of a weight needs the model."""
+    x, y = one.magnitude, other.magnitude
+    if x is None and y is None:
+        return ""
+    if x is None or y is None:
+        return ", a magnitude in one of them only"
+    x, y = (np.asarray(each, np.float64) for each in (x, y))
+    return f", magnitude {_said(ratio(float(np.linalg.norm(x - y)), float(np.linalg.norm(x))))}"
 
 
 def difference(one: Adapter, other: Adapter) -> float:
-    """Return ``‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖``; 0 exactly where A, B and the scale are equal."""
+    """Return ``‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖``, ``ΔW = s·A·B``; 0 exactly where all three are equal."""
     same = one.scale == other.scale and all(
         np.array_equal(np.asarray(x), np.asarray(y))
         for x, y in ((one.a, other.a), (one.b, other.b))
     )
     if same:
         return 0.0
+    one, other = _plain({"": one})[""], _plain({"": other})[""]
     return ratio(delta_norm(subtract({"": one}, {"": other})[""]), delta_norm(one))
+
+
+def _plain(adapters: Adapters) -> dict[str, Adapter]:
+    """Return the pairs without magnitudes, and as if all acted everywhere."""
+    return {
+        name: dataclasses.replace(one, magnitude=None, masked=False)
+        for name, one in pairs_of(adapters).items()
+    }
 
 
 def _full_difference(one: Any, other: Any) -> str:
@@ -83,11 +105,19 @@ def _full_difference(one: Any, other: Any) -> str:
     return _said(ratio(float(np.linalg.norm(x - y)), float(np.linalg.norm(x))))
 
 
+def _rows_difference(one: Any, other: Any) -> str:
+    if type(one) is not type(other):
+        return "in one of them only"
+    if one.indices != other.indices:
+        return f"{list(one.indices)} and {list(other.indices)}"
+    return _full_difference(*(Full(each.values) for each in (one, other)))
+
+
 def _said(value: float) -> str:
     return f"{value:.3g}" if value else "equal"
 
 
-def _widened(adapters: Adapters) -> dict[str, Adapter | Full]:
+def _widened(adapters: Adapters) -> dict[str, Entry]:
     # Dtypes may differ: the difference is formed in float32.
     return dict(adapters) | {
         name: dataclasses.replace(one, a=one.a.astype("float32"), b=one.b.astype("float32"))

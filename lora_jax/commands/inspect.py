@@ -10,9 +10,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ..adapter import Adapter, Adapters, Full, count, rank
+from ..adapter import Adapter, Adapters, Full, Rows, count, rank
 from ..compressing import delta_norm, effective_rank
 from ..peft import AdapterFile, open_adapter
+from ..peft.halves import in_file
 from .tables import table
 
 # Adapters that were trained use about half of their rank and differ by a few times in norm.
@@ -60,7 +61,7 @@ def inspect_files(options: InspectOptions) -> str:
         [
             *_configuration(file),
             "",
-            table(_HEADINGS, [_row(name, one) for name, one in facts.items()]),
+            table(_headings(file), [_row(name, one) for name, one in facts.items()]),
             *_full(adapters),
             "",
             f"{len(facts)} modules, {count(adapters):,} trained values",
@@ -99,12 +100,21 @@ def _facts(adapter: Adapter) -> Facts:
 
 def _row(name: str, facts: Facts) -> tuple[str, ...]:
     one = facts.adapter
-    # The shapes as the file has them.
-    shapes = (str(tuple(half.T.shape)) for half in (one.a, one.b))
+    a, b, *_ = in_file(one).values()
+    shapes = (str(half.shape) for half in (a, b))
+    magnitude = [] if one.magnitude is None else [f"{jnp.linalg.norm(one.magnitude):.4g}"]
     norms = (f"{value:.4g}" for value in facts.norms)
     dtype = "/".join(dict.fromkeys([one.a.dtype.name, one.b.dtype.name]))
     scale = f"{one.scale:g}"
-    return (name, *shapes, dtype, str(rank(one)), scale, *norms, f"{facts.effective_rank:.1f}")
+    effective = f"{facts.effective_rank:.1f}"
+    return (name, *shapes, dtype, str(rank(one)), scale, *norms, effective, *magnitude)
+
+
+def _headings(file: AdapterFile) -> tuple[str, ...]:
+    """Return the headings; DoRA's ``|ΔW|`` needs the model, so its columns are of A·B alone."""
+    if not file.config.use_dora:
+        return _HEADINGS
+    return (*("|s·A·B|" if one == "|ΔW|" else one for one in _HEADINGS), "|magnitude|")
 
 
 def _configuration(file: AdapterFile) -> list[str]:
@@ -123,4 +133,9 @@ def _full(adapters: Adapters) -> list[str]:
         f"{name}: trained in full, {tuple(one.value.shape)} {one.value.dtype}"
         for name, one in adapters.items()
         if isinstance(one, Full)
+    ] + [
+        f"{name}: rows {', '.join(map(str, one.indices))} trained, {tuple(one.values.shape)} "
+        f"{one.values.dtype}"
+        for name, one in adapters.items()
+        if isinstance(one, Rows)
     ]

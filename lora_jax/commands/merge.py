@@ -12,26 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from ..adapter import Adapter, Full
+from .. import indices, paths, rows
+from ..adapter import Adapter, Entry, Full, Rows
+from ..alora import refuse_masked
 from ..errors import AdapterError, AssetError, OutputError, raise_all
 from ..factors import pairs_of
 from ..files import write_atomic
 from ..lowrank import merged
 from ..merging import Rounding, rounding, warnings_of
 from ..peft import open_adapter
-from ..peft.bare import LINEAR, LOOKED_UP
 from ..peft.files import CONFIG_NAME
+from ..peft.halves import LINEAR, LOOKED_UP
+from ..rewrite.tokens import is_input_embedding
 from .checkpoint import Checkpoint, copy_others, read_checkpoint, read_file, staged
 from .tables import table
 
-Changes = Mapping[str, Adapter | Full]
+Changes = Mapping[str, Entry]
 
 _FLOATS = ("F32", "F16", "BF16")
 _WITH_HEADS = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "DoubleHeads")
 
 
 def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> str:
-    """Write ``W + s·A·B`` in place of every adapted W of a model directory, and report.
+    """Write ``W + s·A·B``, or DoRA's weight, for every adapted W of a model directory, and report.
 
     The sum is formed in float32 and rounded once to the stored dtype. Shards keep their names
     and their index; one at a time is in memory. All other files are copied, but the same
@@ -50,6 +53,7 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
         OutputError: ``out`` cannot be written, or is or lies in one of the others.
     """
     _, adapters = open_adapter(adapter)
+    refuse_masked(adapters, "they cannot be merged")
     checkpoint = read_checkpoint(model)
     changes = place(adapters, checkpoint, transposed=_says_transposed(adapter))
     _refuse_tied(adapters, checkpoint)
@@ -70,7 +74,7 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
 
 def place(
     adapters: Changes, checkpoint: Checkpoint, *, transposed: bool = False
-) -> dict[str, Adapter | Full]:
+) -> dict[str, Entry]:
     """Return the adapters by the names of the stored tensors, with the stored axes.
 
     A base model is stored with or without its own prefix, ``bert.`` say; one prefix is put on
@@ -103,17 +107,23 @@ def place(
     }
 
 
-def _misfit(key: str, one: Adapter | Full, checkpoint: Checkpoint) -> list[str]:
+def _misfit(key: str, one: Entry, checkpoint: Checkpoint) -> list[str]:
     shape, dtype = checkpoint.shapes.get(key), checkpoint.dtypes.get(key)
     if shape is None:
         return [f"{key}: not in the model"]
     if dtype not in _FLOATS:
         return [f"{key}: stored as {dtype}, wanted one of {', '.join(_FLOATS)}"]
+    if isinstance(one, Rows):
+        found = indices.problems(one.indices, shape[0])
+        if len(shape) != 2 or shape[1:] != one.values.shape[1:]:
+            found.append(f"rows of {one.values.shape[1:]}, the model has {shape}")
+        return [f"{key}: {problem}" for problem in found]
     if isinstance(one, Full):
         wanted = [tuple(one.value.shape)]
     else:
-        fan_in, out = one.a.shape[0], one.b.shape[1]
-        wanted = [(fan_in, out)] if one.axes == LOOKED_UP else [(out, fan_in), (fan_in, out)]
+        fan_in, out = one.a.shape[:-1], one.b.shape[1]
+        wanted = [(*fan_in, out)] if one.axes == LOOKED_UP else [(out, *fan_in)]
+        wanted += [(*fan_in, out)] if one.axes == LINEAR else []
     return (
         [] if shape in wanted else [f"{key}: the adapter is for {wanted[0]}, the model has {shape}"]
     )
@@ -121,7 +131,7 @@ def _misfit(key: str, one: Adapter | Full, checkpoint: Checkpoint) -> list[str]:
 
 def _names(adapters: Changes, stored: Mapping[str, Any]) -> dict[str, str]:
     """Return the stored tensor's name of every adapter, in the way that finds most of them."""
-    plain = {n: f"{n}.weight" if isinstance(one, Adapter) else n for n, one in adapters.items()}
+    plain = {n: n if isinstance(one, Full) else f"{n}.weight" for n, one in adapters.items()}
     ways: list[Callable[[str], str]] = [str]
     for first in sorted({key.partition(".")[0] for key in plain.values()}):
         ways.append(lambda key, first=first: key.removeprefix(f"{first}."))
@@ -154,16 +164,19 @@ def _refuse_tied(adapters: Changes, checkpoint: Checkpoint) -> None:
         [
             name
             for name, one in adapters.items()
-            if isinstance(one, Adapter) and one.axes == LOOKED_UP
+            if (isinstance(one, Adapter) and one.axes == LOOKED_UP)
+            or (isinstance(one, Full) and is_input_embedding(paths.module_of(name)))
         ],
     )
 
 
 def _changed(
-    key: str, weight: np.ndarray, change: Adapter | Full, report: dict[str, Rounding]
+    key: str, weight: np.ndarray, change: Entry, report: dict[str, Rounding]
 ) -> np.ndarray:
     if isinstance(change, Full):
         return np.ascontiguousarray(np.asarray(change.value).astype(weight.dtype))
+    if isinstance(change, Rows):
+        return np.ascontiguousarray(np.asarray(rows.put(jnp.asarray(weight), change)))
     array = jnp.asarray(weight)
     report[key] = rounding(array, [change])
     return np.ascontiguousarray(np.asarray(merged(array, change)))
@@ -176,6 +189,11 @@ def _told(report: Mapping[str, Rounding], changes: Changes, left_out: list[str],
     ]
     headings = ("weight", "dtype", "to change", "left unchanged", "error of the change")
     full = [f"{key}: replaced in full" for key, one in changes.items() if isinstance(one, Full)]
+    full += [
+        f"{key}: {len(one.indices)} rows replaced"
+        for key, one in changes.items()
+        if isinstance(one, Rows)
+    ]
     warned = [f"warning: {line}" for line in warnings_of(report)]
     others = [f"not copied, as they hold the old weights: {', '.join(left_out)}"]
     lines = [table(headings, rows), *full, *warned, *(others if left_out else [])]

@@ -1,6 +1,7 @@
 """Initialisations that read the weight, the data or the gradient; see ``initialise``."""
 
 from .initialise import initialise
-from .relative import relative_to
+from .ranks import eva_ranks
+from .relative import for_changed_base, relative_to
 
-__all__ = ["initialise", "relative_to"]
+__all__ = ["eva_ranks", "for_changed_base", "initialise", "relative_to"]

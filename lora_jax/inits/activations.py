@@ -22,6 +22,9 @@ from ..rewrite.trace import trace
 from ..rewrite.transform import apply, reject_unused
 from .weights import Matrix, Pair, Scale
 
+# Of a batch's arguments: true where an input counts, one place for each vector the weights meet.
+Mask = Callable[..., Array]
+
 _LARGEST_ERROR = 0.05  # of an inverse, as PEFT's CorDA has it
 
 
@@ -107,6 +110,7 @@ def moments(
     batches: Iterable[Any],
     *,
     scaled: bool = False,
+    mask: Mask | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of what every adapted weight is multiplied by, summed over batches.
 
@@ -119,11 +123,13 @@ def moments(
         leaves: the adapted leaves.
         batches: tuples of arguments.
         scaled: divide the inputs of each call by their largest value, as CorDA does.
+        mask: of a batch, which inputs count: true where they do; None for all.
 
     Raises:
         ConfigError: there are no batches, or lists the weights whose inputs do not reach any
             output that has a gradient.
-        PlanError: a weight is not used by ``dot_general`` alone, or with its axes exchanged.
+        PlanError: a weight is not used by ``dot_general`` alone, or with its axes exchanged, or
+            its inputs are not those that the mask is of.
     """
     probes = {leaf.path: _probe(leaf) for leaf in leaves}
 
@@ -131,7 +137,8 @@ def moments(
     def one(probes: Adapters, params: Any, batch: Any) -> Any:
         def seen(probes: Adapters) -> Array:
             traced = trace(fn, params, batch, {})
-            record = Record(product=partial(_probed, scaled=scaled))
+            counted = None if mask is None else mask(*batch)
+            record = Record(product=partial(_probed, scaled=scaled, mask=counted))
             outs = apply(record, traced, traced.operands, probes)
             reject_unused(record, probes)
             floats = [out for out in outs if jnp.issubdtype(out.dtype, jnp.inexact)]
@@ -176,6 +183,7 @@ def _probed(
     precision: Any,
     *,
     scaled: bool,
+    mask: Array | None,
 ) -> Array:
     """Return y, with zeros in the place of ``s·(x·A)·B`` and gradients that are moments."""
     if any(adapter.axes[n] == OUT for n in contract[1]):
@@ -196,28 +204,51 @@ def _probed(
         return lowrank.dot(x, only_a, (contract[0], at[0]), (batch[0], at[1]), **options)
 
     @jax.custom_vjp
-    def probe(x: Array, a: Array, b: Array) -> Array:
+    def probe(x: Array, a: Array, b: Array, kept: Array) -> Array:
         shape = jax.eval_shape(
             lambda: lowrank.dot(x, Adapter(a, b, 1.0, axes), contract, batch, **options)
         )
         return jnp.zeros(shape.shape, shape.dtype)
 
-    def forward(x: Array, a: Array, b: Array) -> Any:
-        return probe(x, a, b), (x, a, b)
+    def forward(x: Array, a: Array, b: Array, kept: Array) -> Any:
+        return probe(x, a, b, kept), (x, a, b, kept)
 
     def backward(saved: Any, _: Array) -> Any:
-        x, a, b = saved
-        wide = x.astype(jnp.float32)
+        x, a, b, kept = saved
+        wide = jnp.where(_beside(kept, x, contract[0], batch[0]), x.astype(jnp.float32), 0)
         if scaled:
             others = tuple(n for n in range(x.ndim) if n not in batch[0])
-            wide = wide / abs(wide.max(axis=others, keepdims=True))
+            seen = _beside(kept, x, contract[0], batch[0])
+            largest = abs(jnp.where(seen, wide, -jnp.inf).max(axis=others, keepdims=True))
+            wide = wide / jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
         hidden, pull = jax.vjp(partial(flat, wide), a)
         rank_axis = len(batch[0]) if weight_first else hidden.ndim - 1
-        rows = hidden.size // (r * math.prod(hidden.shape[: len(batch[0])]))
-        weight = 1.0 / rows if scaled else 1.0
+        rows = kept.sum()
+        weight = jnp.where(rows > 0, 1 / jnp.maximum(rows, 1), 0) if scaled else 1.0
         place = lax.broadcasted_iota(jnp.int32, hidden.shape, rank_axis) == r - 1
         (moments,) = pull(jnp.where(place, weight, hidden))
-        return jnp.zeros_like(x), moments, jnp.full_like(b, rows * weight)
+        return jnp.zeros_like(x), moments, jnp.full_like(b, rows * weight), jnp.zeros_like(kept)
 
     probe.defvjp(forward, backward)
-    return lowrank.add(y, probe(x, adapter.a, adapter.b))
+    kept = _rows(mask, tuple(x.shape[n] for n in _free(x, contract[0], batch[0])))
+    return lowrank.add(y, probe(x, adapter.a, adapter.b, kept))
+
+
+def _free(x: Array, contract: Any, batch: Any) -> list[int]:
+    """Return the axes of x that count its vectors."""
+    return [n for n in range(x.ndim) if n not in contract and n not in batch]
+
+
+def _rows(mask: Array | None, shape: tuple[int, ...]) -> Float[Array, "*rows"]:
+    """Return 1 for every vector that counts, in the shape in which x has them."""
+    if mask is None:
+        return jnp.ones(shape, jnp.float32)
+    if shape not in (mask.shape, (mask.size,)):
+        raise Unsupported(f"its inputs are {shape} vectors, and the mask is {mask.shape}")
+    return mask.astype(bool).astype(jnp.float32).reshape(shape)
+
+
+def _beside(kept: Float[Array, "*rows"], x: Array, contract: Any, batch: Any) -> Array:
+    """Return, for every place of x, whether its vector counts."""
+    free = _free(x, contract, batch)
+    return (kept != 0).reshape([x.shape[n] if n in free else 1 for n in range(x.ndim)])

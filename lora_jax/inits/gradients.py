@@ -7,17 +7,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from .. import paths
 from .weights import Matrix, Pair, Scale
 
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+def _random(r: int, key: Key[Array, ""]) -> tuple[Array, Array]:
+    chosen = jax.random.permutation(key, 2 * r)[:r]
+    return chosen, chosen
+
+
 # For r of the first 2r singular directions: those of A, and those of B.
-DIRECTIONS: dict[str, Callable[[int], tuple[slice, slice]]] = {
-    "ArB2r": lambda r: (slice(0, r), slice(r, 2 * r)),
-    "A2rBr": lambda r: (slice(r, 2 * r), slice(0, r)),
-    "ArBr": lambda r: (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+DIRECTIONS: dict[str, Callable[[int, Any], tuple[Any, Any]]] = {
+    "ArB2r": lambda r, _: (slice(0, r), slice(r, 2 * r)),
+    "A2rBr": lambda r, _: (slice(r, 2 * r), slice(0, r)),
+    "ArBr": lambda r, _: (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+    "random": _random,
 }
 
 
@@ -30,12 +38,15 @@ def lora_ga(
     direction: str = "ArB2r",
     scaling: str = "stable",
     stable_gamma: Scale = 16,
+    key: Key[Array, ""] | None = None,
 ) -> Pair:
     """Return A and B from the 2r largest singular directions of the gradient, r for each.
 
     ``G = U·S·Vᵀ``; ``A = U_i``, ``B = c·S_j·V_jᵀ`` with i, j as ``direction`` says. The factor c
     is ``out^¼/√γ`` for ``"stable"``, ``σ₁(W)/S_j[0]`` for ``"weight_svd"``, ``1/s`` (on A, too)
-    for ``"gd_scale"``, 1 for ``"unit"``. PEFT takes a randomised SVD, this an exact one.
+    for ``"gd_scale"``, 1 for ``"unit"``. ``"random"`` takes the same r directions for both, drawn
+    with ``key``. PEFT takes a randomised SVD, this an exact one; and for transformers' Conv1D
+    PEFT has the number of inputs in the place of ``out``, as its weight lies the other way round.
 
     Source: LoRA-GA, arXiv 2407.05000; PEFT 0.21.2 ``init_lora_weights="lora_ga"``.
 
@@ -45,7 +56,7 @@ def lora_ga(
     ([[1.0, 0.0, 0.0]], [[0.0, 2.0, 0.0]])
     """
     u, s, vt = jnp.linalg.svd(gradient, full_matrices=False)
-    of_a, of_b = DIRECTIONS[direction](r)
+    of_a, of_b = DIRECTIONS[direction](r, key)
     a, b = u[:, of_a], s[of_b, None] * vt[of_b]
     if scaling == "stable":
         return a, b * (w.shape[1] ** 0.25 / stable_gamma**0.5)

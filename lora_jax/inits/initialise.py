@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from .. import lowrank, paths
-from ..adapter import IN, OUT, STACKED, Adapter, Full, pick
+from ..adapter import IN, OUT, STACKED, Entry, pick
 from ..errors import ConfigError, raise_all
 from ..initializers import changes_base, fold_in_path, niter, reads_more
 from ..rewrite import LeafPlan, Plan
@@ -33,8 +33,9 @@ def initialise(
     *,
     fn: Callable[..., Any] | None = None,
     batches: Iterable[Any] | None = None,
+    mask: activations.Mask | None = None,
     **options: Any,
-) -> tuple[Any, dict[str, Adapter | Full]]:
+) -> tuple[Any, dict[str, Entry]]:
     """Return the base and the adapters that ``plan.config.init_lora_weights`` asks for.
 
     ================== ============================= ======================= ==================
@@ -60,17 +61,20 @@ def initialise(
         params: the pretrained parameters; they stay as they are.
         key: the random key.
         fn: for those that read data: the model ``fn(params, *batch)``; for ``lora_ga`` the loss.
-        batches: tuples of arguments of ``fn``, without padding.
+        batches: tuples of arguments of ``fn``.
+        mask: of ``eva`` and ``corda``: tells which inputs of a batch count, so that padding does
+            not: ``lambda ids, attention_mask: attention_mask``. Its shape is that in which
+            every adapted weight meets its inputs, such as ``(batch, time)``.
         **options: of ``eva``: ``whiten``; of ``corda``: ``method``; of ``lora_ga``:
             ``direction``, ``scaling`` and ``stable_gamma``; of ``loftq``: ``bits`` and
-            ``iterations``. See these functions.
+            ``iterations``. See these functions. For EVA's ranks see ``eva_ranks``.
 
     Returns:
         ``(base, adapters)``. The base is a new tree that shares what did not change.
 
     Raises:
         ConfigError: lists the leaves whose kind or rank the initialisation cannot serve, and
-            what it needs and was not given.
+            what it needs and was not given, or does not know.
 
     >>> import jax, jax.numpy as jnp
     >>> from lora_jax import LoraConfig, lora, plan as make_plan
@@ -87,11 +91,12 @@ def initialise(
     if not reads_more(name):
         return params, plan.init(key)
     method = "pissa_niter" if niter(name) is not None else str(name)
-    _check(plan, method, fn, batches)
+    options |= {} if mask is None else dict(mask=mask)
+    _check(plan, method, fn, batches, options)
     leaves = paths.flatten(params)
     stacks = {leaf.name: _matrices(leaves[leaf.path], leaf) for leaf in plan.adapted}
     pairs = _METHODS[method](plan, params, stacks, key, fn, batches, **options)
-    adapters: dict[str, Adapter | Full] = {}
+    adapters: dict[str, Entry] = {}
     changed: dict[str, Any] = {}
     for leaf in plan.adapted:
         a, b, *quantised = pairs[leaf.name]
@@ -110,8 +115,7 @@ def initialise(
             norm = lowrank.dora_norm(changed.get(leaf.path, leaves[leaf.path]), adapter)
             adapter = replace(adapter, magnitude=norm)
         adapters[leaf.name] = adapter
-    copies = {path: Full(jnp.array(value, copy=True)) for path, value in plan.full.items()}
-    return paths.replace(params, changed), adapters | copies
+    return paths.replace(params, changed), adapters | plan.copies()
 
 
 def _from_weight(rule: Callable[..., Any]) -> Callable[..., Pairs]:
@@ -144,18 +148,27 @@ def _lora_ga(
 ) -> Pairs:
     wanted = {leaf.path for leaf in plan.adapted}
     found = gradients.mean_gradients(fn, params, batches, wanted)
-    return {
-        leaf.name: jax.vmap(partial(gradients.lora_ga, r=leaf.r, scale=leaf.scale, **options))(
-            stacks[leaf.name], _matrices(found[leaf.path], leaf)
+    pairs = {}
+    for leaf in plan.adapted:
+        stack, rule = stacks[leaf.name], partial(gradients.lora_ga, r=leaf.r, scale=leaf.scale)
+        keys = jax.random.split(fold_in_path(key, leaf.name), stack.shape[0])
+        pairs[leaf.name] = jax.vmap(lambda w, g, k, rule=rule: rule(w, g, key=k, **options))(
+            stack, _matrices(found[leaf.path], leaf), keys
         )
-        for leaf in plan.adapted
-    }
+    return pairs
 
 
 def _eva(
-    plan: Plan, params: Any, stacks: Stacks, key: Any, fn: Any, batches: Any, **options: Any
+    plan: Plan,
+    params: Any,
+    stacks: Stacks,
+    key: Any,
+    fn: Any,
+    batches: Any,
+    mask: Any = None,
+    **options: Any,
 ) -> Pairs:
-    seen = activations.moments(fn, params, plan.adapted, batches)
+    seen = activations.moments(fn, params, plan.adapted, batches, mask=mask)
     pairs = {}
     for leaf in plan.adapted:
         x, out = seen[leaf.path], stacks[leaf.name].shape[2]
@@ -165,9 +178,16 @@ def _eva(
 
 
 def _corda(
-    plan: Plan, params: Any, stacks: Stacks, key: Any, fn: Any, batches: Any, **options: Any
+    plan: Plan,
+    params: Any,
+    stacks: Stacks,
+    key: Any,
+    fn: Any,
+    batches: Any,
+    mask: Any = None,
+    **options: Any,
 ) -> Pairs:
-    seen = activations.moments(fn, params, plan.adapted, batches, scaled=True)
+    seen = activations.moments(fn, params, plan.adapted, batches, scaled=True, mask=mask)
     pairs = {}
     for leaf in plan.adapted:
         x = seen[leaf.path]
@@ -193,19 +213,35 @@ _METHODS: dict[str, Callable[..., Pairs]] = {
 # The others read the weights alone.
 _READ_DATA = ("lora_ga", "eva", "corda")
 
+# What each knows beside its rank and scale, and of those with few values, which.
+_OPTIONS: dict[str, Mapping[str, Collection[Any] | None]] = {
+    "eva": dict(whiten=(False, True), mask=None),
+    "corda": dict(method=("ipm", "kpm"), mask=None),
+    "lora_ga": dict(direction=gradients.DIRECTIONS, scaling=gradients.SCALES, stable_gamma=None),
+    "loftq": dict(bits=loftq.GRIDS, iterations=None),
+}
 
-def _check(plan: Plan, method: str, fn: Any, batches: Any) -> None:
+
+def _check(plan: Plan, method: str, fn: Any, batches: Any, options: Mapping[str, Any]) -> None:
     missing = [name for name, x in {"fn": fn, "batches": batches}.items() if x is None]
     if method not in _READ_DATA:
         missing = []
     problems = [f"{name}: got None, {method!r} wants it" for name in missing]
+    known = _OPTIONS.get(method, {})
+    for name, value in options.items():
+        values = known.get(name)
+        if name not in known:
+            has = ", ".join(known) or "none"
+            problems.append(f"{name}: {method!r} has no such option, but {has}")
+        elif values is not None and value not in values:
+            problems.append(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, values))}")
+    if options.get("iterations", 1) < 1:
+        problems.append(f"iterations: got {options['iterations']!r}, wanted at least 1")
     for leaf in plan.adapted:
-        least = min(_size(leaf, IN), _size(leaf, OUT))
+        # EVA's B is zero, so its directions are those of the inputs alone.
+        least = min(_size(leaf, IN), math.inf if method == "eva" else _size(leaf, OUT))
         wanted = 2 * leaf.r if method == "lora_ga" else leaf.r
-        if leaf.looked_up or leaf.window:
-            kind = "its rows are looked up" if leaf.looked_up else "it is a convolution's kernel"
-            problems.append(f"{leaf.name}: {method!r} wants the weight of a product, but {kind}")
-        elif wanted > least:
+        if wanted > least:
             problems.append(f"{leaf.name}: got r={leaf.r}, {method!r} has {least} directions here")
     raise_all(ConfigError, "this initialisation cannot be made", problems)
 

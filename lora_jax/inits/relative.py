@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from .. import paths
-from ..adapter import STACKED, Adapter, Adapters, Full
+from ..adapter import STACKED, Adapter, Adapters, Entry, Full, Rows
 from ..config import rank_and_alpha, scale
 from ..errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
@@ -16,7 +16,7 @@ from ..rewrite import LeafPlan, Plan
 
 def relative_to(
     plan: Plan, original: Adapters, adapters: Adapters
-) -> tuple[Plan, dict[str, Adapter | Full]]:
+) -> tuple[Plan, dict[str, Entry]]:
     """Return ``s·(A·B − A₀·B₀)`` of rank 2r, for the base that the model had at first.
 
     ``A' = [A A₀]``, ``B' = [B; −B₀]``, with the same scale: ``initialise`` had taken ``s·A₀·B₀``
@@ -51,9 +51,11 @@ def relative_to(
     if plan.config.init_lora_weights == "loftq":
         raise AdapterError(
             "loftq: the quantised base is not the original one less s·A·B, so there is no such "
-            "adapter; save the base that initialise returned, and merge into that"
+            "adapter of rank 2r. Save the base that initialise returned, and beside it "
+            "save_pretrained(directory, for_changed_base(plan), adapters); or serve "
+            "merge(base, adapters)"
         )
-    wanted = {leaf.name for leaf in plan.adapted} | set(plan.full)
+    wanted = {leaf.name for leaf in plan.adapted} | set(plan.full) | set(plan.rows)
     problems = [
         f"{name}: planned, but not in both trees"
         for name in sorted(wanted | original.keys() | adapters.keys())
@@ -71,8 +73,30 @@ def relative_to(
     }
 
 
-def _joined(first: Adapter | Full, now: Adapter | Full) -> Adapter | Full:
-    if isinstance(now, Full) or isinstance(first, Full):
+def for_changed_base(plan: Plan) -> Plan:
+    """Return the plan with which adapters are saved as plain LoRA of the base they came with.
+
+    The file is right with the base that ``initialise`` returned, and wrong with the original
+    one: save that base, too. With ``loftq`` this is the only way; for others ``relative_to``
+    gives a file for the original base.
+
+    Args:
+        plan: the plan that the adapters were made from.
+
+    Source: LoftQ, arXiv 2310.08659, whose quantised base is published beside its adapter.
+
+    >>> import jax
+    >>> from lora_jax import LoraConfig, plan as make_plan
+    >>> config = LoraConfig(r=2, init_lora_weights="loftq", target_modules=["w"])
+    >>> found = make_plan(lambda p, x: x @ p["w"], {"w": jnp.eye(4)}, config, jnp.ones((2, 4)))
+    >>> for_changed_base(found).config.init_lora_weights
+    True
+    """
+    return replace(plan, config=replace(plan.config, init_lora_weights=True))
+
+
+def _joined(first: Entry, now: Entry) -> Entry:
+    if not isinstance(now, Adapter) or not isinstance(first, Adapter):
         return now
     a = jnp.concatenate([now.a, first.a.astype(now.a.dtype)], axis=-1)
     stacked = now.axes.count(STACKED)
@@ -81,9 +105,11 @@ def _joined(first: Adapter | Full, now: Adapter | Full) -> Adapter | Full:
 
 
 def _differ(original: Adapters, adapters: Adapters) -> list[str]:
-    def shape(entry: Adapter | Full) -> tuple[object, ...]:
+    def shape(entry: Entry) -> tuple[object, ...]:
         if isinstance(entry, Full):
             return ("trained in full", tuple(entry.value.shape))
+        if isinstance(entry, Rows):
+            return ("rows", tuple(entry.values.shape), entry.indices, entry.axes, entry.axis)
         return (tuple(entry.a.shape), tuple(entry.b.shape), entry.axes, entry.scale)
 
     pairs = ((name, shape(adapters[name]), shape(original[name])) for name in original)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Num
 
-from .. import layers, paths
+from .. import frozen, layers, paths
 from ..adapter import Adapter
 from ..errors import AdapterError, raise_all
 from ..initializers import draw
@@ -39,6 +39,8 @@ class _LowRank(nn.Module, kw_only=True):
 
     def __post_init__(self) -> None:
         layers.config_of(self)
+        if self.dot_general is None and self.dot_general_cls is None:
+            self.dot_general = frozen.dot_general
         super().__post_init__()
 
     @nn.compact

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key, Num
 
-from .. import layers, paths
+from .. import frozen, layers, paths
 from ..adapter import Adapter
 from ..errors import AdapterError, ConfigError
 from ..initializers import draw, fold_in_path
@@ -59,6 +60,8 @@ class _LowRank(_Next):
         self.deterministic = deterministic
         layers.config_of(self)
         super().__init__(in_features, out_features, rngs=rngs, **base)
+        if self.dot_general is lax.dot_general:
+            self.dot_general = frozen.dot_general
         shape, axes = self.kernel.shape, _axes(self)
         a, b = draw(_key(rngs), init_lora_weights, shape, axes, r, lora_dtype)
         self.lora_a, self.lora_b = LoRAParam(a), LoRAParam(b)

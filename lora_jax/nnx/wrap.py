@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .. import paths
-from ..adapter import Adapter, Adapters, Full
+from ..adapter import Adapters, Entry
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..rewrite import Plan, lora, plan
@@ -108,13 +108,16 @@ def wrap(
     _, fn, params, others = pure(model, args, kwargs)
     found = plan(fn, params, config, *others)
     values = found.init(rngs.params(), lora_dtype)
-    full = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in found.full.items()}
+    full, rows = (
+        {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in held.items()}
+        for held in (found.full, found.rows)
+    )
     dropout = rngs["dropout"].fork() if config.lora_dropout else None
-    return LoRAModel(model, replace(found, full=full), values, dropout)
+    return LoRAModel(model, replace(found, full=full, rows=rows), values, dropout)
 
 
-def adapters(model: LoRAModel) -> dict[str, Adapter | Full]:
-    """Return the adapters as ``{path: Adapter | Full}``, which ``merge`` takes.
+def adapters(model: LoRAModel) -> dict[str, Entry]:
+    """Return the adapters as ``{path: Entry}``, which ``merge`` takes.
 
     ``nnx.update(model.base, merge(nnx.state(model.base, nnx.Param), adapters(model)))`` merges
     them in place; ``save_pretrained(directory, model.plan, adapters(model))`` saves them.

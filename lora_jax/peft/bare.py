@@ -14,39 +14,38 @@ import numpy as np
 
 from .. import config as configs
 from .. import paths
-from ..adapter import Adapter, Adapters, Full, rank
+from ..adapter import Adapter, Adapters, Entry, Full, Rows, rank
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..naming import EMBEDDING
 from .config_json import AdapterFile
 from .download import located
 from .files import load_adapter_file, read_weights, write_directory
-from .strict import target_problems
-from .tensors import PREFIX, is_finite
+from .halves import LINEAR, LOOKED_UP, in_file, is_written, part_of
+from .halves import problems as part_problems
+from .halves import read as read_parts
+from .slots import PREFIX, ROWS
+from .strict import refuse_hanging, row_problems, rows_of, target_problems
+from .tensors import is_finite
 
 T = TypeVar("T")
 
-LINEAR, LOOKED_UP = "oi", "io"
-
-# The axes of the weight in PyTorch, and what PEFT calls its A and B.
-_KEYS = {
-    LINEAR: (".lora_A.weight", ".lora_B.weight"),
-    LOOKED_UP: (".lora_embedding_A", ".lora_embedding_B"),
-}
 _WRAPPED = ".base_layer"
 
 
-def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter | Full]]:
+def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Entry]]:
     """Read a PEFT directory by itself: no model, no plan; all of it or nothing.
 
     Args:
         directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``; or a hub id.
 
     Returns:
-        What the configuration says, and the adapters by PyTorch module name, A ``(in, r)`` and
-        B ``(r, out)``, with the axes that the weight has in PyTorch: ``"oi"``, or ``"io"`` for
+        What the configuration says, and the adapters by PyTorch module name, A
+        ``(in, *window, r)`` and B ``(r, out)``, with the axes that the weight has in PyTorch:
+        ``"oi"``, ``"oiii"`` for a convolution's kernel with a window of two axes, or ``"io"`` for
         a weight whose rows are looked up. A module stored as ``Conv1D`` is ``"oi"``, too: the
-        file does not tell. Leaves trained in full have their parameter's name.
+        file does not tell. Rows have their module's name,
+        too, and leaves trained in full their parameter's.
 
     Raises:
         AdapterError: a file is missing or unreadable; or lists every tensor without its other
@@ -58,28 +57,45 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Adapter 
     """
     directory = located(directory)
     file = load_adapter_file(directory)
-    if file.config.use_dora:
+    if file.config.lora_bias:
         raise AdapterError(
-            f"{directory} is DoRA's, which scales the base model's weights: plan the model with "
+            f"{directory} has lora_bias, which belongs to the base model's biases: plan the model "
+            "with load_config(directory) and read it with load_pretrained"
+        )
+    if file.config.target_parameters:
+        raise AdapterError(
+            f"{directory} has target_parameters={file.config.target_parameters!r}, whose tensors "
+            "hold experts that only the model can tell apart: plan the model with "
             "load_config(directory) and read it with load_pretrained"
         )
     tensors = read_weights(directory)
     origin = f"{directory} is not a whole adapter"
-    halves, full, problems = _sorted(tensors, file)
-    problems += [p for module, found in halves.items() for p in _pair_problems(module, found, file)]
+    tokens = rows_of(file.config, tensors)
+    own = {name: tensors[f"{PREFIX}{name}.{ROWS}"] for name in tokens}
+    halves, full, problems = _sorted(
+        {key: t for key, t in tensors.items() if not key.endswith(f".{ROWS}")}, file
+    )
+    refuse_hanging(file.config, halves)
+    problems += row_problems(file.config, tokens)
+    problems += [p for name, tokens in tokens.items() for p in _row_problems(name, tokens, own)]
+    dora, masked = file.config.use_dora, bool(file.config.alora_invocation_tokens)
+    scales = {}
+    for module, (kind, parts) in halves.items():
+        r, alpha = configs.rank_and_alpha(file.config, module)
+        scales[module] = configs.scale(file.config, r, alpha)
+        problems += part_problems(module, kind, parts, r, dora=dora)
     problems += target_problems(file.config, halves)
     raise_all(AdapterError, origin, sorted(problems))
-    adapters: dict[str, Adapter | Full] = {}
-    for module, found in halves.items():
-        axes, a, b = found["axes"], found["a"], found["b"]
-        r, alpha = configs.rank_and_alpha(file.config, module)
-        adapters[module] = Adapter(
-            jnp.asarray(np.ascontiguousarray(a.T)),
-            jnp.asarray(np.ascontiguousarray(b.T)),
-            configs.scale(file.config, r, alpha),
-            axes,
-            file.config.lora_dropout,
+    adapters: dict[str, Entry] = {
+        module: read_parts(kind, parts, scales[module], file.config.lora_dropout, masked=masked)
+        for module, (kind, parts) in halves.items()
+    }
+    adapters |= {
+        name: Rows(
+            jnp.asarray(value), tokens[name], LOOKED_UP if EMBEDDING.search(name) else LINEAR
         )
+        for name, value in own.items()
+    }
     return file, adapters | {name: Full(jnp.asarray(value)) for name, value in full.items()}
 
 
@@ -97,8 +113,9 @@ def write_adapter(
         directory: where; created, must be empty unless ``overwrite``.
         file: the configuration. Its ranks and scales must be those of the adapters:
             ``fitted(file, adapters)`` makes them so.
-        adapters: by PyTorch module name, with axes ``"oi"``, or ``"io"`` for embeddings;
-            leaves trained in full by parameter name.
+        adapters: by PyTorch module name, with axes ``"oi"``, ``"oii"`` and so on for kernels of
+            convolutions, or ``"io"`` for embeddings, and rows likewise; leaves trained in full by
+            parameter name.
         embeddings: the modules whose rows are looked up. If not given, those with axes ``"io"``,
             which need a name that embeddings have: a kernel is ``"io"``, too, in JAX.
         overwrite: replace the files of an earlier adapter; nothing else is touched.
@@ -108,6 +125,7 @@ def write_adapter(
         OutputError: the directory holds something or cannot be written.
     """
     pairs = {name: one for name, one in adapters.items() if isinstance(one, Adapter)}
+    refuse_hanging(file.config, pairs)
     problems = [p for module, one in pairs.items() for p in _unwritable(module, one, file.config)]
     if embeddings is None:
         embeddings = [name for name in pairs if EMBEDDING.search(name)]
@@ -118,12 +136,15 @@ def write_adapter(
         if one.axes == LOOKED_UP and name not in embeddings
     ]
     problems += target_problems(file.config, pairs)
+    rows = {name: one.indices for name, one in adapters.items() if isinstance(one, Rows)}
+    problems += row_problems(file.config, rows)
     raise_all(AdapterError, "these adapters do not fit their configuration", sorted(problems))
     tensors = {}
     for name, one in adapters.items():
         if isinstance(one, Adapter):
-            for key, half in zip(_KEYS[one.axes], (one.a, one.b), strict=True):
-                tensors[f"{PREFIX}{name}{key}"] = np.ascontiguousarray(np.asarray(half).T)
+            tensors |= {f"{PREFIX}{name}{key}": half for key, half in in_file(one).items()}
+        elif isinstance(one, Rows):
+            tensors[f"{PREFIX}{name}.{ROWS}"] = np.ascontiguousarray(np.asarray(one.values))
         else:
             owner, _, leaf = name.rpartition(paths.SEPARATOR)
             wrapped = _WRAPPED if owner in pairs else ""
@@ -161,6 +182,7 @@ def fitted(file: AdapterFile, adapters: Adapters) -> AdapterFile:
         rank_pattern={name: n for name, n in ranks.items() if n != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
     )
+    refuse_hanging(config, pairs)
     if target_problems(config, pairs):
         config = replace(
             config,
@@ -174,9 +196,9 @@ def fitted(file: AdapterFile, adapters: Adapters) -> AdapterFile:
 
 def _sorted(
     tensors: Mapping[str, np.ndarray], file: AdapterFile
-) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray], list[str]]:
-    """Return both halves by module, what is trained in full by name, and what is wrong."""
-    halves: dict[str, dict[str, Any]] = {}
+) -> tuple[dict[str, tuple[str, dict[str, Any]]], dict[str, np.ndarray], list[str]]:
+    """Return kind and parts by module, what is trained in full by name, and what is wrong."""
+    halves: dict[str, tuple[str, dict[str, Any]]] = {}
     full, problems = {}, []
     for key in sorted(key for key in tensors if not _said_twice(key, tensors)):
         problems += _tensor_problems(key, tensors[key])
@@ -184,15 +206,14 @@ def _sorted(
         if name == key:
             problems.append(f"{key}: unexpected, wanted a name that begins with {PREFIX}")
             continue
-        for axes, half, suffix in _SUFFIXES:
-            if name.endswith(suffix):
-                found = halves.setdefault(name.removesuffix(suffix), {"axes": axes})
-                if found["axes"] != axes:
-                    problems.append(f"{key}: the module has an adapter of another kind, too")
-                found[half] = tensors[key]
-                break
-        else:
+        if not (own := part_of(name)):
             full[name] = tensors[key]
+            continue
+        module, part, kind = own
+        known, parts = halves.get(module, ("", {}))
+        if known and kind and known != kind:
+            problems.append(f"{key}: the module has an adapter of another kind, too")
+        halves[module] = (known or kind, parts | {part: tensors[key]})
     named = {}
     for name, value in full.items():
         owner, _, leaf = name.rpartition(paths.SEPARATOR)
@@ -214,11 +235,6 @@ def _said_twice(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
     return plain != key and plain in tensors
 
 
-_SUFFIXES = [
-    (axes, half, suffix) for axes in _KEYS for half, suffix in zip("ab", _KEYS[axes], strict=True)
-]
-
-
 def _is_trained(config: LoraConfig, module: str, leaf: str, halves: Mapping[str, Any]) -> bool:
     if configs.is_saved(config, module):
         return True
@@ -235,27 +251,30 @@ def _tensor_problems(key: str, tensor: np.ndarray) -> list[str]:
     return [] if is_finite(tensor) else [f"{key}: holds NaN or infinite values"]
 
 
-def _pair_problems(module: str, found: Mapping[str, Any], file: AdapterFile) -> list[str]:
-    names = dict(zip("ab", _KEYS[found["axes"]], strict=True))
-    if missing := [f"{PREFIX}{module}{names[half]}: missing" for half in "ab" if half not in found]:
-        return missing
-    r, _ = configs.rank_and_alpha(file.config, module)
-    problems = []
-    for half, axis in (("a", 0), ("b", 1)):
-        key, shape = f"{PREFIX}{module}{names[half]}", tuple(found[half].shape)
-        if len(shape) != 2 or 0 in shape:
-            problems.append(f"{key}: got {shape}, wanted a matrix")
-        elif shape[axis] != r:
-            problems.append(f"{key}: got {shape}, wanted rank {r} on axis {axis}")
-    return problems
+def _row_problems(
+    module: str, tokens: tuple[int, ...], tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+    key, tensor = f"{PREFIX}{module}.{ROWS}", tensors[module]
+    if tensor.ndim != 2 or len(tensor) != len(tokens) or not tensor.size:
+        return [f"{key}: got {tensor.shape}, wanted a row for each of {len(tokens)} tokens"]
+    return _tensor_problems(key, tensor)
 
 
 def _unwritable(module: str, adapter: Adapter, config: LoraConfig) -> list[str]:
     found = []
-    if adapter.axes not in _KEYS or adapter.columns is not None or adapter.a.ndim != 2:
-        found.append(f"{module}: got axes {adapter.axes!r}, wanted 'oi' or 'io', and all columns")
-    if adapter.magnitude is not None:
-        found.append(f"{module}: DoRA's magnitude has no place without its model")
+    if not is_written(adapter.axes) or adapter.columns is not None:
+        wanted = "wanted 'oi' (with 'i' for a window) or 'io', and all columns"
+        found.append(f"{module}: got axes {adapter.axes!r}, {wanted}")
+    elif adapter.a.ndim != len(adapter.axes) or adapter.b.ndim != 2:
+        shapes = f"{tuple(adapter.a.shape)} and {tuple(adapter.b.shape)}"
+        found.append(f"{module}: got {shapes} for axes {adapter.axes!r}")
+    if (adapter.magnitude is not None) != config.use_dora:
+        got = "no magnitude" if adapter.magnitude is None else "DoRA's magnitude"
+        found.append(f"{module}: got {got}, the configuration has use_dora={config.use_dora}")
+    if adapter.bias is not None:
+        found.append(f"{module}: lora_bias has no place without its model")
+    if adapter.masked != bool(config.alora_invocation_tokens):
+        found.append(f"{module}: masked={adapter.masked}, which alora_invocation_tokens deny")
     if paths.module_of(module) != module:
         found.append(f"{module}: a parameter's path, wanted the module's name; see `rename`")
     r, alpha = configs.rank_and_alpha(config, module)

@@ -14,57 +14,13 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, raise_all
-
-# What PEFT 0.21.2 writes beside the fields of LoraConfig, at its defaults.
-OTHER_DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "revision": None,
-    "target_parameters": None,
-    "task_type": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
-
-# Fields of PEFT that say nothing about the numbers, or that only PyTorch's storage needs.
-_FREE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
+from ..peft_fields import DEFAULTS, FOREIGN, refused
 
 # The names that PEFT itself accepts; ours beyond them are PEFT's default once drawn.
 _PEFT_INITS = (True, False, "gaussian", "orthogonal")
 
 # What only this library knows: it changes how the numbers are formed, or has no place in the file.
-_LOCAL = ("on_unsupported", "output_slices")
+_LOCAL = ("on_unsupported", "output_slices", "transposed_parameters")
 
 _OWN = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _LOCAL)
 
@@ -72,8 +28,8 @@ _OWN = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.nam
 # What AdapterFile has a place for beside the configuration.
 _RECORDED = {"base_model_name_or_path", "peft_type", "peft_version", "task_type"}
 
-# Every field of PEFT 0.21.2's LoraConfig; its last one is not written.
-KNOWN = frozenset((*_OWN, *OTHER_DEFAULTS, "runtime_config"))
+# Every field of PEFT 0.21.2's LoraConfig.
+KNOWN = frozenset((*_OWN, *FOREIGN))
 
 
 @dataclass(frozen=True)
@@ -92,7 +48,7 @@ class AdapterFile:
     config: LoraConfig
     base_model: str | None = None
     task_type: str | None = None
-    peft_version: str | None = OTHER_DEFAULTS["peft_version"]
+    peft_version: str | None = DEFAULTS["peft_version"]
     other: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +61,12 @@ def encode(file: AdapterFile) -> bytes:
     >>> decode(encode(AdapterFile(LoraConfig(r=4)))).config.r
     4
     """
-    own = {name: _plain(getattr(file.config, name)) for name in _OWN}
+    own = {name: _plain(name, getattr(file.config, name)) for name in _OWN}
+    own["trainable_token_indices"] = _tokens(file.config.trainable_token_indices)
+    if file.config.target_parameters:
+        # Their order counts; and where no target is set, PEFT looks up those of the architecture.
+        own["target_parameters"] = list(file.config.target_parameters)
+        own["target_modules"] = [] if own["target_modules"] is None else own["target_modules"]
     if own["init_lora_weights"] not in _PEFT_INITS:
         own["init_lora_weights"] = True
     recorded = {
@@ -113,7 +74,7 @@ def encode(file: AdapterFile) -> bytes:
         "peft_version": file.peft_version,
         "task_type": file.task_type,
     }
-    fields = OTHER_DEFAULTS | dict(file.other) | own | recorded
+    fields = DEFAULTS | dict(file.other) | own | recorded
     return (json.dumps(dict(sorted(fields.items())), indent=2) + "\n").encode()
 
 
@@ -195,12 +156,8 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
     found = []
     if fields.get("peft_type") != "LORA":
         found.append(f"peft_type: got {fields.get('peft_type')!r}, wanted 'LORA'")
-    for name, default in OTHER_DEFAULTS.items():
-        value = fields.get(name)
-        if name in _FREE or name == "peft_type":
-            continue
-        if value != default and value not in (None, False, [], {}):
-            found.append(f"{name}: got {value!r}, wanted {default!r}")
+    others = {name: value for name, value in fields.items() if name != "peft_type"}
+    found += refused(others, file=True)
     for name, kinds in _KINDS.items():
         value = fields.get(name)
         if name in fields and not isinstance(value, kinds):
@@ -209,6 +166,9 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
             found.append(f"{name}: got {value!r}, wanted only {_ELEMENTS[name].__name__}")
     return found
 
+
+# Lists whose order counts; the others are written sorted.
+_IN_ORDER = ("alora_invocation_tokens",)
 
 _NAMES = (str, list, type(None))
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -222,10 +182,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "alpha_pattern": (dict,),
     "use_rslora": (bool,),
     "use_dora": (bool,),
+    "lora_bias": (bool,),
+    "trainable_token_indices": (list, dict, type(None)),
+    "ensure_weight_tying": (bool,),
     "layers_to_transform": (int, list, type(None)),
     "layers_pattern": _NAMES,
+    "target_parameters": (list, type(None)),
     "init_lora_weights": (bool, str),
     "bias": (str,),
+    "alora_invocation_tokens": (list, type(None)),
     "base_model_name_or_path": (str, type(None)),
     "peft_version": (str, type(None)),
     "task_type": (str, type(None)),
@@ -234,12 +199,22 @@ _ELEMENTS: dict[str, type] = {
     "target_modules": str,
     "exclude_modules": str,
     "modules_to_save": str,
+    "trainable_token_indices": int,
     "layers_to_transform": int,
     "layers_pattern": str,
+    "alora_invocation_tokens": int,
+    "target_parameters": str,
 }
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
-        return sorted(value)
+        return list(value) if name in _IN_ORDER else sorted(value)
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def _tokens(given: Any) -> Any:
+    """Return the tokens in their order, which is that of the rows."""
+    if isinstance(given, Mapping):
+        return {name: list(tokens) for name, tokens in given.items()}
+    return None if given is None else list(given)

@@ -12,16 +12,17 @@ import safetensors
 import safetensors.numpy
 
 from .. import paths
-from ..adapter import Adapter, Adapters, Full
+from ..adapter import Adapters, Entry
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
 from ..naming import Names
 from ..rewrite import Plan
-from . import config_json, renaming, tensors
+from . import config_json, renaming, tensors, tying, views
 from .config_json import AdapterFile
 from .download import CONFIG_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
+from .slots import is_held
 from .strict import LoadReport, header_problem
 
 
@@ -64,8 +65,12 @@ def save_pretrained(
     """
     tensors.raise_misfits(plan, adapters)
     plan, adapters = without_ranges(plan, adapters)
-    contents = tensors.encode(plan, adapters, renaming.file_names(plan, names).__getitem__)
-    file = AdapterFile(renaming.in_torch(plan, names), base_model, task_type)
+    plan, adapters, names = views.to_file(plan, adapters, names)
+    to_torch, config = renaming.file_names(plan, names), renaming.in_torch(plan, names)
+    tying.check(plan, config, to_torch)
+    contents = tensors.encode(plan, adapters, to_torch.__getitem__)
+    contents |= tying.copies(plan, config, to_torch, contents)
+    file = AdapterFile(config, base_model, task_type)
     return write_directory(directory, file, contents, overwrite=overwrite)
 
 
@@ -93,13 +98,13 @@ def load_pretrained(
     *,
     names: Names = ...,
     strict: Literal[True] = ...,
-) -> dict[str, Adapter | Full]: ...
+) -> dict[str, Entry]: ...
 
 
 @overload
 def load_pretrained(
     directory: str | Path, plan: Plan, *, names: Names = ..., strict: Literal[False]
-) -> tuple[dict[str, Adapter | Full], LoadReport]: ...
+) -> tuple[dict[str, Entry], LoadReport]: ...
 
 
 def load_pretrained(
@@ -108,7 +113,7 @@ def load_pretrained(
     *,
     names: Names = paths.module_of,
     strict: bool = True,
-) -> dict[str, Adapter | Full] | tuple[dict[str, Adapter | Full], LoadReport]:
+) -> dict[str, Entry] | tuple[dict[str, Entry], LoadReport]:
     """Read the adapters of a PEFT directory, all of it or nothing.
 
     Args:
@@ -122,19 +127,30 @@ def load_pretrained(
     Raises:
         AdapterError: a file is missing or unreadable, or anything in it does not fit the plan:
             tensors that are missing, unexpected, misshapen, not finite, or the base model's;
-            ranks, scales or targets that are not the plan's. Everything is listed.
+            ranks, scales or targets that are not the plan's; or an initialisation that changed
+            the base they belong to. Everything is listed.
+
+    Adapters of a file with ``alora_invocation_tokens`` act from these on: call the adapted
+    function with ``active=alora_mask(input_ids, plan.config.alora_invocation_tokens)``.
     """
     directory = located(directory)
     config = load_config(directory)
-    to_torch = renaming.file_names(plan, names).__getitem__
-    adapters, unfit = tensors.decode_what_fits(plan, read_weights(directory), to_torch)
-    problems = renaming.differing(plan, config, names) + unfit
+    to_torch = renaming.file_names(plan, names)
+    tying.check(plan, config, to_torch)
+    contents = tying.without_copies(plan, config, to_torch, read_weights(directory))
+    renaming.refuse_hanging(config, contents)
+    view, names, back = views.from_file(plan, names, config, contents)
+    in_view = renaming.file_names(view, names).__getitem__
+    adapters, unfit = tensors.decode_what_fits(view, contents, in_view)
+    unlike = renaming.differing(view, config, names)
+    same = renaming.fitting(view, config, names) | view.full.keys()
+    fit, unjoined = back({path: one for path, one in adapters.items() if path in same})
+    problems = unlike + unfit + unjoined
     if strict:
         raise_all(AdapterError, f"{directory} does not fit the model and its plan", problems)
-        return adapters
-    same = renaming.fitting(plan, config, names) | plan.full.keys()
-    fit = {path: one for path, one in adapters.items() if path in same}
-    left_out = sorted(({leaf.path for leaf in plan.adapted} | plan.full.keys()) - fit.keys())
+        return fit
+    planned = {leaf.path for leaf in plan.leaves if is_held(plan, leaf)}
+    left_out = sorted(planned - fit.keys())
     report = LoadReport(tuple(left_out), tuple(problems))
     if problems:
         warnings.warn(f"{directory}: {report}", stacklevel=2)

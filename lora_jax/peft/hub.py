@@ -134,7 +134,7 @@ def model_card(
         "## Configuration\n\n" + _table(config),
         "## Load it in PEFT\n\n" + _python(_peft_lines(repo_id, base, task_type)),
         "## Serve it with vLLM\n\n" + _vllm(config, repo_id, base, task_type),
-        "## Load it in JAX\n\n" + _python(_jax_lines(repo_id)),
+        "## Load it in JAX\n\n" + _python(_jax_lines(repo_id, config)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -173,8 +173,14 @@ def _vllm(config: LoraConfig, repo_id: str, base: str, task_type: str | None) ->
     """Return the command, or why the adapter must be merged for vLLM."""
     largest = max([config.r, *config.rank_pattern.values()])
     rank = next((r for r in _VLLM_RANKS if r >= largest), None)
+    if config.alora_invocation_tokens:
+        return (
+            "It acts from its invocation tokens on (aLoRA), so it cannot be merged: it needs a "
+            "server that knows `alora_invocation_tokens`."
+        )
     reasons = {
         "it is DoRA's": config.use_dora,
+        "it has biases beside B": config.lora_bias,
         "it trains biases": config.bias != "none",
         "it trains whole modules": bool(config.modules_to_save),
         f"its rank {largest} is above {_VLLM_RANKS[-1]}": rank is None,
@@ -194,15 +200,20 @@ def _vllm(config: LoraConfig, repo_id: str, base: str, task_type: str | None) ->
     return "\n".join(["```sh", *lines, "```"])
 
 
-def _jax_lines(repo_id: str) -> list[str]:
-    name = json.dumps(repo_id)
+def _jax_lines(repo_id: str, config: LoraConfig) -> list[str]:
+    name, tokens = json.dumps(repo_id), config.alora_invocation_tokens
+    mask, active, name_of_mask = [], "", ""
+    if tokens:
+        mask = [f"active = alora_mask(input_ids, {list(tokens)})"]
+        active, name_of_mask = ", active=active", "alora_mask, "
     return [
-        "from lora_jax import load_config, load_pretrained, lora, plan",
+        f"from lora_jax import {name_of_mask}load_config, load_pretrained, lora, plan",
         "",
         "# fn(params, *inputs) is any JAX function; its params have the base model's names",
         f"found = plan(fn, params, load_config({name}), *inputs)",
         f"adapters = load_pretrained({name}, found)",
-        "outputs = lora(fn)(params, adapters, *inputs)",
+        *mask,
+        f"outputs = lora(fn)(params, adapters, *inputs{active})",
     ]
 
 

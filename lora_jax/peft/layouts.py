@@ -29,7 +29,8 @@ from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..naming import EMBEDDING
 from .renaming import exact
-from .tensors import PREFIX
+from .slots import PREFIX
+from .strict import refuse_hanging
 
 A, B, ALPHA = "A", "B", "alpha"
 
@@ -94,6 +95,8 @@ def converted(
     problems += [f"{owner}: {name}" for owner, (name, good) in names.items() if not good]
     problems += _twice({owner: name for owner, (name, good) in names.items() if good})
     ranks = {}
+    if config is not None:
+        refuse_hanging(config, (name for name, _ in names.values()))
     for owner, halves in found.items():
         own = _rank_problems(owner, halves, tensors)
         if not own:

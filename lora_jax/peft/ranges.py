@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 
-from .. import lowrank, paths
+from .. import lowrank
 from ..adapter import Adapter, Adapters, rank
 from ..rewrite import LeafPlan, Plan
 
@@ -31,7 +31,7 @@ def without_ranges(plan: Plan, adapters: Adapters) -> tuple[Plan, Adapters]:
         own = [one for leaf in ranges if isinstance(one := changed.pop(leaf.name), Adapter)]
         changed[path] = joined = lowrank.joined(own, ranges[0].shape)
         whole[path] = replace(ranges[0], r=rank(joined), columns=None)
-    patterns = {re.escape(paths.module_of(path)): leaf for path, leaf in whole.items()}
+    patterns = {re.escape(leaf.module): leaf for leaf in whole.values()}
     ranks = {pattern: leaf.r for pattern, leaf in patterns.items()}
     alphas = {pattern: _alpha(plan, leaf) for pattern, leaf in patterns.items()}
     leaves = {leaf.path: whole.get(leaf.path, leaf) for leaf in plan.leaves}

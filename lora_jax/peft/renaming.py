@@ -11,21 +11,24 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .. import config as configs
 from .. import paths
 from ..adapter import STACKED, pick
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
-from ..naming import Names, jax_name, name_of, torch_names
+from ..naming import Names, Place, name_of, origins, places, torch_names
 from ..rewrite import LeafPlan, Plan
-from . import strict
-from .tensors import MAGNITUDE, PREFIX
+from . import experts, fused, strict
+from .attention import scaled_alpha
+from .slots import BIAS, HALVED, MAGNITUDE, PREFIX, is_held
 
 RankAndAlpha = tuple[int, int | float]
 
-_HALVES = re.compile(rf"\.(lora_(A|B)\.weight|lora_embedding_(A|B)|{MAGNITUDE})$")
+_HALVES = re.compile(rf"\.(lora_(A|B)\.weight|lora_embedding_(A|B)|{MAGNITUDE}|{BIAS})$")
 
 
 def file_names(plan: Plan, names: Names) -> dict[str, str]:
@@ -34,7 +37,7 @@ def file_names(plan: Plan, names: Names) -> dict[str, str]:
     Raises:
         AdapterError: lists every parameter without a name.
     """
-    held = {leaf.path for leaf in plan.leaves if leaf.adapted or leaf.path in plan.full}
+    held = {leaf.path for leaf in plan.leaves if is_held(plan, leaf)}
     return torch_names(names, sorted(held))
 
 
@@ -51,27 +54,36 @@ def in_torch(plan: Plan, names: Names) -> LoraConfig:
         AdapterError: lists every parameter without a name.
     """
     held = file_names(plan, names)
-    if not _renames(held):
+    if not _renames(plan, held):
         return plan.config
     known = {leaf.path: name_of(names, leaf.path) for leaf in plan.leaves}
     everything = {one for leaf in plan.leaves for one in _expanded(leaf, known[leaf.path])}
     wanted, saved = {}, set()
+    bare = experts.in_given_order(plan.config, [leaf.path for leaf in plan.adapted])
     for leaf in plan.leaves:
-        own = paths.module_of(leaf.path)
-        if leaf.adapted:
-            found = configs.rank_and_alpha(plan.config, own)
-            wanted |= dict.fromkeys(_expanded(leaf, held[leaf.path]), found)
-        elif leaf.path in plan.full and configs.is_saved(plan.config, own):
+        if leaf.adapted and leaf.path not in bare:
+            found = configs.rank_and_alpha(plan.config, leaf.module)
+            wanted |= dict.fromkeys(_expanded(leaf, leaf.owner or held[leaf.path]), found)
+        elif leaf.path in plan.full and configs.is_saved(plan.config, leaf.module):
             saved |= set(_expanded(leaf, held[leaf.path]))
-    return exact(plan.config, wanted, saved, everything)
+    rows = {held[leaf.path]: leaf.rows for leaf in plan.leaves if leaf.rows}
+    parameters: dict[str, RankAndAlpha] = {}
+    leaves = {leaf.path: leaf for leaf in plan.adapted}
+    for path in bare:
+        found = configs.rank_and_alpha(plan.config, configs.name_in_patterns(plan.config, path))
+        parameters |= dict.fromkeys(experts.names_in_torch(leaves[path], held[path]), found)
+    parameters = {name: parameters[name] for name in experts.ordered(parameters)}
+    return exact(plan.config, wanted, saved, everything, rows, parameters)
 
 
-def in_jax(config: LoraConfig, keys: Iterable[str], names: Names, params: Any) -> LoraConfig:
+def in_jax(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], names: Names, params: Any
+) -> LoraConfig:
     """Return a file's configuration in the names of the JAX model's modules.
 
     Args:
         config: as in the file.
-        keys: the names of the file's tensors, which say what modules it adapts.
+        tensors: the file, which says what modules it adapts, and which of them share A.
         names: a table or a function, as in ``load_pretrained``.
         params: the model's parameters; None does where ``names`` is a table.
 
@@ -79,60 +91,124 @@ def in_jax(config: LoraConfig, keys: Iterable[str], names: Names, params: Any) -
         AdapterError: lists every module without a name in JAX, every one where targets and
             tensors disagree, and every stack whose layers differ in rank or alpha.
     """
-    adapted, saved = _modules(config, keys)
-    raise_all(
-        AdapterError,
-        "the configuration and the tensors disagree",
-        strict.target_problems(config, sorted(adapted)),
-    )
+    every, saved = _modules(config, tensors)
+    adapted, parameters, problems = _told_apart(config, every)
+    rows = strict.rows_of(config, tensors)
+    meant = [*sorted({module.meant for module in adapted}), *parameters]
+    strict.refuse_hanging(config, meant)
+    problems += strict.target_problems(config, meant) + strict.row_problems(config, rows)
+    raise_all(AdapterError, "the configuration and the tensors disagree", problems)
+    wanted = {module.name for module in adapted} | saved | rows.keys()
     if isinstance(names, Mapping) and params is None:
-        found = {module: jax_name(names, module) for module in adapted | saved}
-        known: set[str] | None = None
+        found, known = {name: origins(names, name) for name in (*wanted, *parameters)}, None
     elif params is None:
         raise AdapterError(
             "names is a function, which goes from JAX to PyTorch only: pass params=…, too"
         )
     else:
-        found, known = _found(adapted | saved, names, params)
-    unmapped = sorted(module for module in adapted | saved if found.get(module) is None)
+        found, known = _found(wanted, names, params)
+        paths_of = experts.in_jax(parameters, names, params)
+        found |= {one: (Place(path),) if path else () for one, path in paths_of.items()}
+    unmapped = sorted(name for name, own in found.items() if not own)
     raise_all(AdapterError, "these modules of the file have no name in the JAX model", unmapped)
-    renamed = {module: name for module, name in found.items() if name is not None}
-    if all(module == name for module, name in renamed.items()):
+    strict.refuse_hanging(config, sorted(known or ()))
+    same = all(origin.name == name for name, own in found.items() for origin in own)
+    if same and all(module.meant == module.name for module in adapted):
         return config
-    by_name: dict[str, dict[RankAndAlpha, str]] = defaultdict(dict)
-    for module in sorted(adapted):
-        by_name[renamed[module]].setdefault(configs.rank_and_alpha(config, module), module)
+    parts: dict[str, dict[int, list[_Module]]] = defaultdict(lambda: defaultdict(list))
+    for module in [*sorted(adapted), *(_Module(one, one, one) for one in parameters)]:
+        for origin in found[module.name]:
+            parts[origin.name][origin.part * origin.jax_is_fused].append(module)
+    ranks = {name: _ranks(config, own, tensors) for name, own in parts.items()}
     raise_all(
         AdapterError,
         "stacked layers have one rank and one alpha",
-        (
-            f"{name}: " + ", ".join(f"{m} has r={r}, alpha={a}" for (r, a), m in own.items())
-            for name, own in by_name.items()
-            if len(own) > 1
-        ),
+        (f"{name}: {pair}" for name, pair in ranks.items() if isinstance(pair, str)),
     )
-    wanted = {name: next(iter(own)) for name, own in by_name.items()}
-    return exact(config, wanted, {renamed[module] for module in saved}, known)
+    plain = {name: pair for name, pair in ranks.items() if not isinstance(pair, str)}
+    bare = dict.fromkeys(one.name for parameter in parameters for one in found[parameter])
+    return exact(
+        config,
+        {name: pair for name, pair in plain.items() if name not in bare},
+        {one.name for name in saved for one in found[name]},
+        known,
+        {one.name: own for module, own in rows.items() for one in found[module]},
+        {name: plain[name] for name in bare},
+    )
+
+
+def _told_apart(
+    config: LoraConfig, every: set[_Module]
+) -> tuple[set[_Module], list[str], list[str]]:
+    """Return the modules, the bare parameters that wrappers hold, and problems."""
+    if not config.target_parameters:
+        return every, [], []
+    plain = sorted(one.key for one in every if one.key == one.name)
+    keys = {key.replace(experts.WRAPPED, ""): key for key in plain}
+    modules, parameters, problems = experts.told_apart(config, plain)
+    attention = {one for one in every if one.key != one.name}
+    return attention | {_Module(keys[one], one, one) for one in modules}, parameters, problems
+
+
+def _ranks(
+    config: LoraConfig, parts: Mapping[int, list[_Module]], tensors: Mapping[str, np.ndarray]
+) -> RankAndAlpha | str:
+    """Return what a JAX module has whose parts are these modules, each of every stacked layer."""
+    found = []
+    for modules in parts.values():
+        own: dict[RankAndAlpha, str] = {}
+        for module in modules:
+            own.setdefault(configs.rank_and_alpha(config, module.meant), module.key)
+        if len(own) > 1:
+            return ", ".join(f"{key} has r={r}, alpha={a}" for (r, a), key in own.items())
+        found.append(next(iter(own)))
+    r, alpha = next((pair for pair in found if pair[1]), found[0])
+    layers = list(zip(*parts.values(), strict=False))
+    if len(parts) == 1 or all(_share_a(layer, tensors) for layer in layers):
+        return r, alpha
+    new = sum(r for r, _ in found)
+    return new, scaled_alpha(config, r, alpha, new)
+
+
+def _share_a(modules: Iterable[_Module], tensors: Mapping[str, np.ndarray]) -> bool:
+    every = [tensors.get(f"{PREFIX}{module.key}.lora_A.weight") for module in modules]
+    return fused.share_a(every)
+
+
+def refuse_hanging(config: LoraConfig, keys: Iterable[str]) -> None:
+    """Raise where an expression of the file would not come to an end on its own modules."""
+    adapted, _ = _modules(config, keys)
+    strict.refuse_hanging(config, sorted({module.meant for module in adapted}))
 
 
 def differing(plan: Plan, config: LoraConfig, names: Names) -> list[str]:
     """Return where plan and file, each by its own names, give other numbers or other modules."""
     held, modules = file_names(plan, names), _in_file(plan, names)
-    if not _renames(held):
-        return strict.config_problems(config, plan, held.__getitem__)
+    rows = {held[leaf.path]: leaf.rows for leaf in plan.leaves if leaf.rows}
+    of_rows = strict.row_problems(config, rows)
+    meant = [n for path, own in modules.items() for n in (paths.module_of(path), *own)]
+    strict.refuse_hanging(config, meant)
+    if not _renames(plan, held):
+        return strict.config_problems(config, plan, held.__getitem__) + of_rows
     problems = (
         strict.misfit(config, leaf, module)
         for leaf in plan.adapted
         for module in modules[leaf.path]
     )
     every = [module for leaf in plan.adapted for module in modules[leaf.path]]
-    return [one for one in problems if one] + strict.target_problems(config, every)
+    return [one for one in problems if one] + strict.target_problems(config, every) + of_rows
 
 
 def fitting(plan: Plan, config: LoraConfig, names: Names) -> set[str]:
-    """Return the adapted parameters to which the file gives the plan's rank and scale."""
+    """Return the parameters to which the file gives the plan's rank and scale, or its rows."""
+    held = file_names(plan, names)
+    rows = {
+        leaf.path
+        for leaf in plan.leaves
+        if leaf.rows and strict.tokens(config, held[leaf.path]) == leaf.rows
+    }
     modules = _in_file(plan, names)
-    return {
+    return rows | {
         leaf.path
         for leaf in plan.adapted
         if not any(strict.misfit(config, leaf, module) for module in modules[leaf.path])
@@ -142,13 +218,28 @@ def fitting(plan: Plan, config: LoraConfig, names: Names) -> set[str]:
 def _in_file(plan: Plan, names: Names) -> dict[str, tuple[str, ...]]:
     """Return the modules by whose names the file's configuration means each parameter."""
     held = file_names(plan, names)
-    if not _renames(held):
-        return {leaf.path: (paths.module_of(leaf.path),) for leaf in plan.adapted}
-    return {leaf.path: tuple(_expanded(leaf, held[leaf.path])) for leaf in plan.adapted}
+    if not _renames(plan, held):
+        return {
+            leaf.path: (leaf.owner or configs.name_in_patterns(plan.config, leaf.path),)
+            for leaf in plan.adapted
+        }
+    bare = experts.in_given_order(plan.config, [leaf.path for leaf in plan.adapted])
+    return {
+        leaf.path: tuple(
+            experts.names_in_torch(leaf, held[leaf.path])
+            if leaf.path in bare
+            else _expanded(leaf, leaf.owner or held[leaf.path])
+        )
+        for leaf in plan.adapted
+    }
 
 
-def _renames(held: Mapping[str, str]) -> bool:
-    return any(name != paths.module_of(path) for path, name in held.items())
+def _renames(plan: Plan, held: Mapping[str, str]) -> bool:
+    bare = experts.in_given_order(plan.config, held)
+    return any(name != paths.module_of(path) for path, name in held.items()) or any(
+        experts.in_torch(path, held[path]) != configs.name_in_patterns(plan.config, path)
+        for path in bare
+    )
 
 
 def _expanded(leaf: LeafPlan, name: str | None) -> Iterator[str]:
@@ -164,18 +255,23 @@ def exact(
     wanted: Mapping[str, RankAndAlpha],
     saved: Collection[str],
     known: Collection[str] | None,
+    rows: Mapping[str, tuple[int, ...]] | None = None,
+    parameters: Mapping[str, RankAndAlpha] | None = None,
 ) -> LoraConfig:
-    """Return a configuration that means these modules, and no other.
+    """Return a configuration that means these modules, rows and bare parameters, and no other.
 
     Targets are names, or one regular expression where names would mean another of those known,
     or where None are.
     """
     targets: str | tuple[str, ...] = tuple(sorted(wanted))
-    if known is None or any(n not in wanted and configs.matches(targets, n) for n in known):
+    others = None if known is None else set(known) - wanted.keys()
+    if wanted and (others is None or any(configs.matches(targets, n) for n in others)):
         targets = "|".join(re.escape(name) for name in sorted(wanted))
     # A name hits what it is the end of, too; the first hit wins, so the longest comes first.
-    order = sorted(wanted, key=lambda name: (-len(name), name))
-    patterns = {re.escape(name): wanted[name] for name in order}
+    parameters = dict(parameters or {})
+    ranked = {**wanted, **parameters}
+    order = sorted(ranked, key=lambda name: (-len(name), name))
+    patterns = {re.escape(name): ranked[name] for name in order}
 
     def differ(index: int, default: Any) -> dict[str, Any]:
         values = {pattern: value[index] for pattern, value in patterns.items()}
@@ -184,36 +280,66 @@ def exact(
     return replace(
         config,
         target_modules=targets,
+        target_parameters=tuple(parameters) or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         rank_pattern=differ(0, config.r),
         alpha_pattern=differ(1, config.lora_alpha),
         modules_to_save=tuple(sorted(saved)) or None,
+        trainable_token_indices=rows or None,
     )
 
 
-def _modules(config: LoraConfig, keys: Iterable[str]) -> tuple[set[str], set[str]]:
+class _Module(NamedTuple):
+    """An adapted module of the file.
+
+    Args:
+        key: its name in the tensors' names.
+        name: its name in PyTorch.
+        meant: the name by which the configuration means it.
+    """
+
+    key: str
+    name: str
+    meant: str
+
+
+def _modules(config: LoraConfig, keys: Iterable[str]) -> tuple[set[_Module], set[str]]:
     """Return the modules of these tensors: those adapted, and those saved in full."""
     names = [key.removeprefix(PREFIX) for key in keys]
-    adapted = {_HALVES.sub("", name) for name in names if _HALVES.search(name)}
+    own = {_HALVES.sub("", name) for name in names if _HALVES.search(name)}
+    owners = {key.removesuffix(HALVED) for key in own if key.endswith(HALVED)}
+    adapted = set()
+    for key in own:
+        if key in owners:
+            adapted.add(_Module(key, f"{key}.{paths.IN_PROJ}", key))
+        elif key.endswith(HALVED):
+            owner = key.removesuffix(HALVED)
+            adapted.add(_Module(key, f"{owner}.{paths.OUT_PROJ}", owner))
+        else:
+            adapted.add(_Module(key, key, key))
     rest = (name.rpartition(paths.SEPARATOR)[0] for name in names if not _HALVES.search(name))
     return adapted, {module for module in rest if configs.is_saved(config, module)}
 
 
 def _found(
     modules: Collection[str], names: Names, params: Any
-) -> tuple[dict[str, str | None], set[str]]:
-    """Return the JAX module of each PyTorch module, and every JAX module there is."""
-    own = {paths.module_of(path): name_of(names, path) for path in paths.flatten(params)}
-    plain = {name: module for module, name in own.items() if name is not None}
+) -> tuple[dict[str, tuple[Place, ...]], set[str]]:
+    """Return the JAX modules of each PyTorch module, and every JAX module there is."""
+    plain: dict[str, dict[str, Place]] = defaultdict(dict)
+    own = {paths.module_of(path): path for path in paths.flatten(params)}
+    for module, path in own.items():
+        for place in places(names, path):
+            plain[place.name].setdefault(module, replace(place, name=module))
     stacked = [
-        (re.compile(r"\d+".join(map(re.escape, name.split("{}")))), module)
-        for name, module in plain.items()
+        (re.compile(r"\d+".join(map(re.escape, name.split("{}")))), name)
+        for name in plain
         if "{}" in name
     ]
-    found: dict[str, str | None] = {}
+    found = {}
     for module in modules:
-        inside = (jax for regex, jax in stacked if regex.fullmatch(module))
-        found[module] = plain.get(module) or next(inside, None)
+        inside = (name for regex, name in stacked if regex.fullmatch(module))
+        name = module if module in plain else next(inside, None)
+        found[module] = tuple(plain[name].values()) if name else ()
     return found, set(own)

@@ -5,24 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import config as configs
-from .. import paths
 from ..adapter import STACKED, pick
 from ..config import LoraConfig
+from ..errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
 from . import config_json
+from .slots import PREFIX, ROWS
 
 # safetensors' own limit.
 _LONGEST_HEADER = 100_000_000
 
 # What decides the numbers beside the tensors.
-_DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora")
+_DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "alora_invocation_tokens")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_TARGETS = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,16 @@ def header_problem(path: Path) -> str | None:
     return f"the header says these names twice: {', '.join(twice)}" if twice else None
 
 
+def refuse_hanging(config: LoraConfig, modules: Iterable[str]) -> None:
+    """Raise for a regular expression of a file that would never come to an end on these names.
+
+    Raises:
+        AdapterError: names the pattern.
+    """
+    problems = configs.hanging(config, modules)
+    raise_all(AdapterError, "the configuration's patterns cannot be resolved", problems)
+
+
 def config_problems(config: LoraConfig, plan: Plan, names: Callable[[str], str]) -> list[str]:
     """Return where the file's configuration and the plan's would give other numbers or modules."""
     found = [
@@ -80,7 +97,8 @@ def config_problems(config: LoraConfig, plan: Plan, names: Callable[[str], str])
     ]
     if all(getattr(config, name) == getattr(plan.config, name) for name in _TARGETS):
         return found
-    return found + target_problems(config, [_names_of(leaf, names) for leaf in plan.adapted])
+    every = [_names_of(leaf, plan.config, names) for leaf in plan.adapted]
+    return found + target_problems(config, every)
 
 
 def misfit(config: LoraConfig, leaf: LeafPlan, module: str) -> str | None:
@@ -88,8 +106,14 @@ def misfit(config: LoraConfig, leaf: LeafPlan, module: str) -> str | None:
     r, alpha = configs.rank_and_alpha(config, module)
     scale = configs.scale(config, r, alpha)
     same_scale = math.isclose(scale, leaf.scale, rel_tol=1e-6)
-    if (r, config.use_dora) == (leaf.r, leaf.dora) and same_scale:
+    if bool(config.alora_invocation_tokens) != leaf.masked:
+        tokens = config.alora_invocation_tokens
+        return f"{module}: the file has alora_invocation_tokens={tokens}, the plan has another"
+    kind = (config.use_dora, config.lora_bias)
+    if (r, *kind) == (leaf.r, leaf.dora, leaf.biased) and same_scale:
         return None
+    if config.lora_bias != leaf.biased:
+        return f"{module}: the file has lora_bias={config.lora_bias}, the plan {leaf.biased}"
     if config.use_dora != leaf.dora:
         return f"{module}: the file has use_dora={config.use_dora}, the plan {leaf.dora}"
     return (
@@ -99,38 +123,77 @@ def misfit(config: LoraConfig, leaf: LeafPlan, module: str) -> str | None:
 
 
 def target_problems(config: LoraConfig, modules: Iterable[str | Sequence[str]]) -> list[str]:
-    """Return where ``target_modules`` and the modules that have adapters disagree.
+    """Return where the targets and the modules or parameters that have adapters disagree.
 
     Args:
         config: the configuration.
-        modules: the name of every module, or its names, any of which may be meant.
+        modules: the name of every module, or its names, any of which may be meant; the names
+            of bare parameters.
     """
-    targets = config.target_modules
-    if targets is None or targets == configs.ALL_LINEAR:
-        return []
+    targets, bare = config.target_modules, config.target_parameters or ()
     named = [(one,) if isinstance(one, str) else tuple(one) for one in modules]
-    found = [
-        f"{own[0]}: has an adapter, but target_modules={targets!r} leaves it out"
-        for own in named
-        if not any(_is_target(config, name) for name in own)
-    ]
-    if not isinstance(targets, str):
+    found: list[str] = []
+    if not (targets is None and not bare) and targets != configs.ALL_LINEAR:
         found += [
-            f"target_modules: {name!r} has no adapter"
-            for name in targets
-            if not any(configs.matches([name], one) for own in named for one in own)
+            f"{own[0]}: has an adapter, but target_modules={targets!r} leaves it out"
+            + (f", as does target_parameters={bare!r}" if bare else "")
+            for own in named
+            if not any(_is_target(config, name) for name in own)
         ]
+    listed = {"target_modules": targets, "target_parameters": bare}
+    return found + [
+        f"{field}: {name!r} has no adapter"
+        for field, given in listed.items()
+        for name in (() if given is None or isinstance(given, str) else given)
+        if not any(configs.matches([name], one) for own in named for one in own)
+    ]
+
+
+def rows_of(config: LoraConfig, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the tokens of every module of which the file holds rows; () where it names none."""
+    ends = f".{ROWS}"
+    modules = [key.removeprefix(PREFIX).removesuffix(ends) for key in keys if key.endswith(ends)]
+    return {module: tokens(config, module) for module in modules}
+
+
+def row_problems(config: LoraConfig, rows: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return where ``trainable_token_indices`` and the rows of these modules disagree."""
+    given, name_of = config.trainable_token_indices, "trainable_token_indices"
+    found = [
+        f"{module}: the file has the tokens {list(wanted) or None}, wanted {list(own)}"
+        if own
+        else f"{module}: has rows, but {name_of} does not name it"
+        for module, own in rows.items()
+        if (wanted := tokens(config, module)) != own or not own
+    ]
+    if isinstance(given, Mapping):
+        idle = [name for name in given if not any(module.endswith(name) for module in rows)]
+        return found + [f"{name_of}: {name!r} has no rows" for name in idle]
+    if given is not None and len(rows) != 1:
+        found.append(f"{name_of}: {list(given)} are of one embedding, got rows of {len(rows)}")
     return found
 
 
-def _names_of(leaf: LeafPlan, names: Callable[[str], str]) -> list[str]:
+def tokens(config: LoraConfig, module: str) -> tuple[int, ...]:
+    """Return the tokens whose rows a module has; () for none."""
+    given = config.trainable_token_indices
+    if given is None or isinstance(given, Mapping):
+        return next(iter(configs.tokens_of(config, module)), ())
+    return tuple(given)
+
+
+def _names_of(leaf: LeafPlan, config: LoraConfig, names: Callable[[str], str]) -> list[str]:
     """Return a weight's names in JAX and in the file, where each of stacked layers has its own."""
-    name, stacked = names(leaf.path), pick(leaf.shape, leaf.axes, STACKED)
-    indices = itertools.product(*map(range, stacked))
-    return [paths.module_of(leaf.path), *(name.format(*index) for index in indices)]
+    name, stacked = leaf.owner or names(leaf.path), pick(leaf.shape, leaf.axes, STACKED)
+    # The experts of a bare parameter have no names of their own.
+    indices = itertools.product(*map(range, stacked[: name.count("{}")]))
+    own = leaf.owner or configs.name_in_patterns(config, leaf.path)
+    return [own, *(name.format(*index) for index in indices)]
 
 
 def _is_target(config: LoraConfig, module: str) -> bool:
+    if configs.parameter_name(config, module) is not None:
+        return True
     return (
         configs.matches(config.target_modules, module)
         and configs.in_chosen_layer(config, module)

@@ -5,7 +5,8 @@ One rule for each primitive, in ``structure``, ``products`` and ``calls``.
 
 from . import calls, products, structure  # noqa: F401  (importing registers the rules)
 from .frugality import Frugality, frugality
-from .plan import LeafPlan, Plan, plan
+from .leaf import LeafPlan
+from .plan import Plan, plan
 from .registry import RULES, Unsupported, rule
 from .transform import lora
 from .weight import LoraWeight

@@ -123,13 +123,11 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
         for value, spec in zip(operands, call.params["in_specs"], strict=True)
     ]
     # Inside, base, A and B have other shapes than the LoraWeight outside.
-    parts = [(v.base, v.a, v.b, v.gain) if isinstance(v, LoraWeight) else v for v in operands]
+    parts = [weights.parts(v) if isinstance(v, LoraWeight) else v for v in operands]
 
     def body(*parts: Any) -> tuple[Any, ...]:
         local = [
-            replace(value, **dict(zip("base a b gain".split(), part, strict=True)))
-            if isinstance(value, LoraWeight)
-            else part
+            weights.with_parts(value, part) if isinstance(value, LoraWeight) else part
             for value, part in zip(operands, parts, strict=True)
         ]
         outs = call.interpret(call.jaxpr, *local)
@@ -260,8 +258,12 @@ def _refuse_what_authors_do_not_know(call: Call, operands: tuple[Any, ...]) -> N
     adapted = [value for value in operands if isinstance(value, LoraWeight)]
     if call.record.dropout_key is not None and any(weight.dropout for weight in adapted):
         raise Unsupported("the author's derivative knows nothing of lora_dropout")
+    if any(weight.masked for weight in adapted):
+        raise Unsupported("the author's derivative knows nothing of aLoRA's mask")
     if any(weight.gain is not None for weight in adapted):
         raise Unsupported("the author's derivative knows nothing of DoRA")
+    if any(weight.bias is not None for weight in adapted):
+        raise Unsupported("the author's derivative knows nothing of lora_bias")
 
 
 def _in_places(call: Call, operands: tuple[Any, ...], smooth: list[int]) -> Any:

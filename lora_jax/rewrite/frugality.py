@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from .. import lowrank
-from ..adapter import IN, OUT, STACKED, Adapter, Adapters, check_fit, pick, rank
+from .. import lowrank, rows
+from ..adapter import IN, OUT, STACKED, Adapter, Adapters, Rows, check_fit, pick, rank
 from ..errors import PlanError
 from .interpret import Record
 from .plan import _survey
@@ -132,8 +132,14 @@ def frugality(
     check_fit(params, adapters)
     traced, record = trace(fn, params, args, kwargs), _survey(fn, params, args, kwargs)
     reject_unused(record, adapters)
+    leaves = {path: traced.operands[n] for n, path in enumerate(traced.paths)}
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     low_rank = {path: x for path, x in adapters.items() if isinstance(x, Adapter)}
-    shapes = {path: tuple(traced.operands[n].shape) for n, path in enumerate(traced.paths)}
+    low_rank |= {
+        path: jax.eval_shape(rows.pair, leaves[path], x)
+        for path, x in adapters.items()
+        if isinstance(x, Rows)
+    }
     trained = {n: traced.operands[n] for n, path in enumerate(traced.paths) if path in adapters}
 
     def adapted(adapters: Adapters, operands: list[Any]) -> Any:

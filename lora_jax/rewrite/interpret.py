@@ -14,14 +14,14 @@ from typing import Any
 import jax
 from jax.extend import core, source_info_util
 
-from .. import lowrank
+from .. import alora, lowrank
 from ..adapter import Adapter
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
 from .registry import RULES, Unsupported
 from .runs import evaluate
 from .trace import canonical
-from .weight import LoraWeight, dense, use, window_axes
+from .weight import LoraWeight, dense, is_whole, use, window_axes
 
 # Under `disable_jit` these are opened as well, so that execution really is op by op.
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "scan")
@@ -38,6 +38,7 @@ class Site:
         window: the parameter's axes that slide over the input.
         rows: how many vectors the weight meets here, in all steps of the loops around it.
         groups: how many groups of channels a convolution keeps apart.
+        whole: whether all of the parameter's in axes, and nothing else, are summed over here.
     """
 
     primitive: str
@@ -46,6 +47,7 @@ class Site:
     window: frozenset[int] = frozenset()
     rows: int = 0
     groups: int = 1
+    whole: bool = True
 
 
 Place = tuple[int, ...]
@@ -65,6 +67,7 @@ class Record:
         together: the parameters that cannot both be adapted, and why.
         formed: the paths whose ``W + s·A·B`` was formed.
         dropout_key: the random key of this interpretation, None for no dropout.
+        active: where masked adapters act, see ``alora.silenced``; None while planning.
         times: how often the loops around it run it.
         place: the place of the call whose jaxpr this is.
         calls: the equations of the calls around it.
@@ -77,6 +80,7 @@ class Record:
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
     dropout_key: Any = None
+    active: Any = None
     times: int = 1
     place: Place = ()
     calls: tuple[core.JaxprEqn, ...] = ()
@@ -132,18 +136,24 @@ class Call:
         batch: Sequence[int] = (),
         window: Sequence[int] = (),
         groups: int = 1,
+        stacks: bool = False,
     ) -> None:
         """Record that this equation is a site of the weight, or raise ``Unsupported``.
 
         The arguments are those of ``use``, and a convolution's number of groups.
         """
-        found, name = use(weight, contracted, batch, window), self.eqn.primitive.name
+        found, name = use(weight, contracted, batch, window, stacks), self.eqn.primitive.name
+        whole = is_whole(weight, contracted, found)
+        if weight.bias is not None:
+            swapped = [leaf.path for leaf in weight.leaves if found[leaf.path] != leaf.letters]
+            if problem := bias_problem(name, bool(swapped), whole):
+                raise Unsupported(problem)
         ends = {*contracted, *batch}
         kept = math.prod(n for axis, n in enumerate(weight.base.shape) if axis not in ends)
         rows = self.record.times * math.prod(self.out_shape) // max(kept, 1)
         for n, leaf in enumerate(weight.leaves):
             slides = window_axes(weight, window, n)
-            site = Site(name, found[leaf.path], self.dense_gradient, slides, rows, groups)
+            site = Site(name, found[leaf.path], self.dense_gradient, slides, rows, groups, whole)
             self.record.sites.setdefault(leaf.path, {})[self.place] = site
 
     def reject_together(self, one: LoraWeight, other: LoraWeight, why: Unsupported) -> None:
@@ -158,6 +168,30 @@ class Call:
             return x, adapter
         own = jax.random.fold_in(fold_in_path(key, path), self.index)
         return lowrank.drop(x, adapter, own)
+
+    def activated(self, x: Any, weight: LoraWeight, used: Sequence[int]) -> Any:
+        """Return x without what a masked adapter does not act on.
+
+        Args:
+            x: what this site feeds the low-rank path.
+            weight: what it meets.
+            used: the axes of x that are not in the output by themselves.
+
+        Raises:
+            Unsupported: the mask does not fit x.
+        """
+        if not weight.masked or self.record.active is None:
+            return x
+        kept = [axis for axis in range(x.ndim) if axis not in used]
+        try:
+            return alora.silenced(x, self.record.active, kept)
+        except ValueError as problem:
+            raise Unsupported(str(problem)) from problem
+
+    def refuse_masked(self, weight: LoraWeight) -> None:
+        """Raise ``Unsupported`` for an aLoRA at a site of another kind than a plain product."""
+        if weight.masked:
+            raise Unsupported("aLoRA has a rule for plain products alone")
 
     def refuse_dropout(self, weight: LoraWeight) -> None:
         """Raise ``Unsupported`` where dropout is asked for at a site of DoRA's without a rule."""
@@ -241,6 +275,21 @@ def interpret(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def bias_problem(primitive: str, swapped: bool, whole: bool) -> str:
+    """Return why ``lora_bias`` has no rule for a use, empty where it has one.
+
+    Args:
+        primitive: that uses the weight.
+        swapped: whether in and out are exchanged in comparison with the adapter.
+        whole: as ``Site`` has it.
+    """
+    if primitive == "gather":
+        return "lora_bias has no rule for rows that are looked up"
+    if swapped:
+        return "lora_bias has no rule for a weight that is used the other way round"
+    return "" if whole else "lora_bias would be added for each part of what is summed over"
+
+
 def base_of(value: Any) -> Any:
     """Return the frozen array of a ``LoraWeight``, anything else as it is."""
     return value.base if isinstance(value, LoraWeight) else value
@@ -265,6 +314,8 @@ def _apply(call: Call, operands: list[Any]) -> list[Any]:
 def _formed(record: Record, value: Any) -> Any:
     """Return ``W + s·A·B`` where the plan lets it be formed."""
     if not _is_weight(value) or not all(leaf.materialize for leaf in value.leaves):
+        return value
+    if value.bias is not None:  # no weight holds it
         return value
     record.formed.update(value.paths)
     return dense(value)

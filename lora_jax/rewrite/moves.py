@@ -37,6 +37,7 @@ def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
         a=follow(weight.a, IN, weight.a.ndim - 1),
         b=follow(weight.b, OUT, rank_axis),
         gain=None if weight.gain is None else follow(weight.gain, OUT, rank_axis),
+        bias=None if weight.bias is None else follow(weight.bias, OUT, rank_axis),
     )
 
 
@@ -113,8 +114,8 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     along a stacked axis, the ranks are filled up with zeros.
 
     Raises:
-        Unsupported: the parts give an axis different letters, or one of them is DoRA's and the
-            axis is an in axis.
+        Unsupported: the parts give an axis different letters, or one of them is DoRA's or has a
+            bias and the axis is an in axis.
     """
     weights = [part for part in parts if isinstance(part, LoraWeight)]
     base = lax.concatenate([_base(part) for part in parts], axis)
@@ -139,8 +140,8 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     whole_parts = [next(own) if isinstance(part, LoraWeight) else part for part in parts]
     a = _join(whole_parts, weights, axis, IN, block=letter == IN)
     b = _join(whole_parts, weights, axis, OUT, block=letter == OUT)
-    gain = _join_gains(whole_parts, weights[0], axis)
-    return replace(whole, a=a, b=b, scale=scale, gain=gain)
+    gain, bias = (_join_thin(whole_parts, weights[0], axis, name) for name in _ABSENT)
+    return replace(whole, a=a, b=b, scale=scale, gain=gain, bias=bias)
 
 
 def _base(part: Any) -> Any:
@@ -205,22 +206,27 @@ def _join(
     return lax.concatenate(pieces, at[axis])
 
 
-def _join_gains(parts: Sequence[Any], like: LoraWeight, axis: int) -> Any:
-    """Return DoRA's gain of the joined weight; it is 1 for parts that have none."""
-    gains = [part.gain if isinstance(part, LoraWeight) else None for part in parts]
-    known = next((gain for gain in gains if gain is not None), None)
+# What a part that has no gain, or no bias, gives the joined weight.
+_ABSENT = {"gain": 1.0, "bias": 0.0}
+
+
+def _join_thin(parts: Sequence[Any], like: LoraWeight, axis: int, name: str) -> Any:
+    """Return DoRA's gain, or the bias, of the joined weight; None where no part has one."""
+    own = [getattr(part, name) if isinstance(part, LoraWeight) else None for part in parts]
+    known = next((one for one in own if one is not None), None)
     if known is None:
         return None
     at = factor_axes(like, OUT)
     if axis not in at:
-        raise Unsupported("weights of DoRA's are joined along an axis that is summed over")
+        whose = "weights of DoRA's" if name == "gain" else "weights with lora_bias"
+        raise Unsupported(f"{whose} are joined along an axis that is summed over")
 
-    def ones(part: Any) -> Any:
+    def absent(part: Any) -> Any:
         shape = list(known.shape)
         shape[at[axis]] = _base(part).shape[axis]
-        return jnp.ones(shape, known.dtype)
+        return jnp.full(shape, _ABSENT[name], known.dtype)
 
-    pieces = [ones(p) if gain is None else gain for p, gain in zip(parts, gains, strict=True)]
+    pieces = [absent(p) if one is None else one for p, one in zip(parts, own, strict=True)]
     return lax.concatenate(pieces, at[axis])
 
 

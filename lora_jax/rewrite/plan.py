@@ -14,104 +14,25 @@ from jaxtyping import Array, Key
 
 from .. import config as configs
 from .. import lowrank, paths
-from ..adapter import IN, OUT, Adapter, Full, a_shape, b_shape, magnitude_shape, part_shape
+from .. import rows as rows_of
+from ..adapter import IN, OUT, Entry, Full
 from ..config import LoraConfig
 from ..errors import ConfigError, raise_all
-from ..initializers import draw, fold_in_path, for_lookup, init_problems, reads_more
-from . import select
-from .interpret import Record, Site, interpret
+from ..initializers import (
+    changes_base,
+    draw,
+    draw_bias,
+    fold_in_path,
+    for_lookup,
+    init_problems,
+    kind_problem,
+    reads_more,
+)
+from . import select, survey, tokens
+from .interpret import Record
+from .leaf import TRAINED, LeafPlan
 from .table import render
 from .trace import is_array, trace
-from .transform import reject_outputs
-from .weight import enter, same_use
-
-
-@dataclass(frozen=True)
-class LeafPlan:
-    """The decision for one parameter.
-
-    Args:
-        path: where it is.
-        shape: its shape.
-        why: ``"adapted"``, ``"trained in full"``, or the reason why it stays frozen.
-        r: the rank; 0 unless adapted.
-        scale: the adapter's scale.
-        axes: the adapter's ``axes``, read from the primitives that use the weight.
-        sites: how many primitives use the weight.
-        dense_gradient: an author's own derivative forms the full ``dW`` of this weight.
-        primitives: the primitives that use the weight, each once.
-        window: the axes that slide over the input, as those of a convolution's kernel do.
-        groups: how many groups of channels a convolution keeps apart.
-        materialized: why ``W + s·A·B`` is formed; empty where it is not.
-        columns: the range of the first ``o`` axis that is adapted; None for all of it.
-        dora: whether DoRA's magnitude is trained beside A and B.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    why: str = ""
-    r: int = 0
-    scale: float | int = 0.0
-    axes: str = ""
-    sites: int = 0
-    dense_gradient: bool = False
-    primitives: tuple[str, ...] = ()
-    window: frozenset[int] = frozenset()
-    groups: int = 1
-    materialized: str = ""
-    columns: tuple[int, int] | None = None
-    dora: bool = False
-
-    @property
-    def name(self) -> str:
-        """The adapter's name: the path, and the range of columns if there is one."""
-        return paths.part_name(self.path, self.columns)
-
-    @property
-    def part_shape(self) -> tuple[int, ...]:
-        """The shape of the part of the parameter that is adapted."""
-        return part_shape(self.shape, self.axes, self.columns)
-
-    @property
-    def looked_up(self) -> bool:
-        """Whether the weight's rows are looked up, as those of an embedding are."""
-        return "gather" in self.primitives
-
-    @property
-    def adapted(self) -> bool:
-        """Whether the parameter gets A and B."""
-        return self.r > 0
-
-    @property
-    def a_shape(self) -> tuple[int, ...]:
-        """The shape of A."""
-        return a_shape(self.part_shape, self.axes, self.r)
-
-    @property
-    def b_shape(self) -> tuple[int, ...]:
-        """The shape of B."""
-        return b_shape(self.part_shape, self.axes, self.r)
-
-    @property
-    def magnitude_shape(self) -> tuple[int, ...]:
-        """The shape of DoRA's magnitude."""
-        return magnitude_shape(self.shape, self.axes)
-
-    def adapter(self, a: Any, b: Any, dropout: int | float = 0.0, magnitude: Any = None) -> Adapter:
-        """Return the adapter that this A and B are, and with DoRA this magnitude."""
-        formed = bool(self.materialized)
-        return Adapter(a, b, self.scale, self.axes, dropout, formed, self.columns, magnitude)
-
-    @property
-    def trained(self) -> int:
-        """How many values are trained for this parameter."""
-        if self.adapted:
-            magnitude = math.prod(self.magnitude_shape) if self.dora else 0
-            return math.prod(self.a_shape) + math.prod(self.b_shape) + magnitude
-        return math.prod(self.shape) if self.why == TRAINED else 0
-
-
-TRAINED = "trained in full"
 
 
 @dataclass(frozen=True)
@@ -123,12 +44,14 @@ class Plan:
         leaves: one decision for each parameter, in the order of the parameters.
         full: the parameters to train in full, by path, as they are in the model.
         normed: the parameters whose norms DoRA starts from, likewise.
+        rows: the parameters of which some rows are trained, likewise.
     """
 
     config: LoraConfig
     leaves: tuple[LeafPlan, ...]
     full: Mapping[str, Any] = field(repr=False)
     normed: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    rows: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def adapted(self) -> tuple[LeafPlan, ...]:
@@ -146,9 +69,7 @@ class Plan:
         shapes = {leaf.path: leaf.shape for leaf in self.leaves}
         return sum(map(math.prod, shapes.values()))
 
-    def init(
-        self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32
-    ) -> dict[str, Adapter | Full]:
+    def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
         """Return fresh adapters: ``ΔW = 0`` unless the configuration says otherwise.
 
         Each path draws from its own key, so another target changes nothing for this one.
@@ -156,7 +77,7 @@ class Plan:
 
         Args:
             key: the random key.
-            dtype: of A and B; float32 beside a base of any dtype, as in PEFT.
+            dtype: of A, B and rows; float32 beside a base of any dtype, as in PEFT.
 
         Raises:
             ConfigError: the initialisation reads more than shapes, as ``"pissa"`` does.
@@ -166,27 +87,47 @@ class Plan:
                 f"init_lora_weights={self.config.init_lora_weights!r} reads the weights: use "
                 "base, adapters = lora_jax.inits.initialise(plan, params, key), and that base"
             )
-        adapters: dict[str, Adapter | Full] = {}
+        adapters: dict[str, Entry] = {}
         for leaf in self.adapted:
             init, own = self.config.init_lora_weights, fold_in_path(key, leaf.name)
             init = for_lookup(init) if leaf.looked_up else init
             a, b = draw(own, init, leaf.part_shape, leaf.axes, leaf.r, dtype)
             adapter = leaf.adapter(a, b, self.config.lora_dropout)
+            if leaf.biased:
+                bias = draw_bias(own, init, leaf.bias_shape, leaf.r, dtype)
+                adapter = replace(adapter, bias=bias)
             if leaf.dora:
                 norm = lowrank.dora_norm(self.normed[leaf.path], adapter).astype(dtype)
                 adapter = replace(adapter, magnitude=norm)
             adapters[leaf.name] = adapter
-        copies = {path: Full(jnp.array(value, copy=True)) for path, value in self.full.items()}
-        return adapters | copies
+        return adapters | self.copies(dtype)
 
-    def abstract(self, dtype: DTypeLike = jnp.float32) -> dict[str, Adapter | Full]:
+    def copies(self, dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
+        """Return what is trained as it is, leaves and rows, as it is in the model.
+
+        Args:
+            dtype: of the rows; leaves keep the parameter's.
+        """
+        leaves: dict[str, Entry] = {
+            path: Full(jnp.array(value, copy=True)) for path, value in self.full.items()
+        }
+        return leaves | {
+            leaf.path: rows_of.start(
+                self.rows[leaf.path], leaf.rows, dtype, leaf.axes, leaf.row_axis
+            )
+            for leaf in self.leaves
+            if leaf.rows
+        }
+
+    def abstract(self, dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
         """Return the adapters' shapes and dtypes without drawing them."""
 
-        def init(key: Any, full: Any, normed: Any) -> dict[str, Adapter | Full]:
+        def init(key: Any, **values: Any) -> dict[str, Entry]:
             drawn = replace(self.config, init_lora_weights=True)
-            return replace(self, config=drawn, full=full, normed=normed).init(key, dtype)
+            return replace(self, config=drawn, **values).init(key, dtype)
 
-        return jax.eval_shape(init, jax.random.key(0), dict(self.full), dict(self.normed))
+        values = dict(full=dict(self.full), normed=dict(self.normed), rows=dict(self.rows))
+        return jax.eval_shape(init, jax.random.key(0), **values)
 
     def __str__(self) -> str:
         return render(self)
@@ -220,48 +161,41 @@ def plan(
     ('wq', 'io', 20)
     """
     leaves = {path: leaf for path, leaf in paths.flatten(params).items() if is_array(leaf)}
-    record = _survey(fn, params, args, kwargs)
+    select.refuse_hanging(config, leaves)
+    traced = trace(fn, params, args, kwargs)
+    record = survey.survey(traced)
     targets = select.targets(config, leaves, record)
     select.reject_pairs(targets, record)
+    select.reject_shared(config, leaves, record)
+    if config.lora_bias:
+        select.reject_biases(targets, record)
+    owners = select.owners(targets)
+    known = targets & record.sites.keys() - record.rejected.keys()
+    drafts = [
+        _decide(config, path, leaves, targets, set(), record, owners.get(path, ""))
+        for path in sorted(known)
+    ]
+    survey.rehearse(traced, sum(drafts, []), record)
     saved = select.saved(config, leaves, targets)
     select.check(config, targets, leaves, record)
+    trained = tokens.rows(config, leaves, targets, saved, record)
+    tokens.check_tied(config, saved, record)
     rows = tuple(
-        row for path in leaves for row in _decide(config, path, leaves, targets, saved, record)
+        replace(row, why=tokens.why(trained[path]), rows=trained[path]) if path in trained else row
+        for path in leaves
+        for row in _decide(config, path, leaves, targets, saved, record, owners.get(path, ""))
     )
     adapted = tuple(row for row in rows if row.adapted)
     _check_slices(adapted)
     _check_inits(config, adapted)
     full = {path: leaves[path] for path in leaves if path in saved}
     normed = {row.path: leaves[row.path] for row in adapted if row.dora}
-    return Plan(config, rows, full, normed)
+    return Plan(config, rows, full, normed, {path: leaves[path] for path in trained})
 
 
 def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Record:
     """Find every site of every parameter that could be a matmul weight."""
-    traced = trace(fn, params, args, kwargs)
-    record = Record()
-
-    def run(*operands: Any) -> list[Any]:
-        values = list(operands)
-        for place, path in enumerate(traced.paths):
-            if select.could_adapt(values[place]):
-                values[place] = enter(path, values[place])
-        outs = interpret(record, traced.closed, values)
-        reject_outputs(record, outs)
-        return []
-
-    with jax.disable_jit(False):
-        jax.eval_shape(run, *traced.operands)
-    for path, sites in record.sites.items():
-        first, *others = sites.values()
-        if odd := [one.letters for one in others if not _fit(first, one)]:
-            problem = f"used with axes {first.letters!r} and with axes {odd[0]!r}"
-            record.rejected.setdefault(path, {})[()] = problem
-    return record
-
-
-def _fit(one: Site, other: Site) -> bool:
-    return same_use(one.letters, other.letters, one.window | other.window)
+    return survey.survey(trace(fn, params, args, kwargs))
 
 
 def _decide(
@@ -271,8 +205,9 @@ def _decide(
     targets: set[str],
     saved: set[str],
     record: Record,
+    owner: str,
 ) -> list[LeafPlan]:
-    shape, module = tuple(leaves[path].shape), paths.module_of(path)
+    shape, module = tuple(leaves[path].shape), owner or paths.module_of(path)
     sites = list(record.sites.get(path, {}).values())
     # PEFT's A belongs to the vocabulary, whichever use of a tied embedding comes first.
     sites.sort(key=lambda site: site.primitive != "gather")
@@ -289,17 +224,23 @@ def _decide(
         why = TRAINED if path in saved else select.reason(config, path, leaves[path], record)
         return [replace(seen, why=why)]
     refused = record.rejected.get(path, {})
-    r, alpha = configs.rank_and_alpha(config, module)
+    # Used by no product, only as it is: any letters do, and these are a kernel's.
+    letters = seen.axes or IN * (len(shape) - 1) + OUT
+    if configs.parameter_name(config, path) is not None:
+        letters = select.stacked_letters(letters)
+    r, alpha = configs.rank_and_alpha(config, owner or configs.name_in_patterns(config, path))
     whole = replace(
         seen,
         why="adapted",
         r=r,
         scale=configs.scale(config, r, alpha),
-        # Used by no product, only as it is: any letters do, and these are a kernel's.
-        axes=seen.axes or IN * (len(shape) - 1) + OUT,
+        axes=letters,
         dense_gradient=any(site.dense_gradient for site in sites),
         materialized=next(iter(refused.values()), ""),
         dora=config.use_dora,
+        biased=config.lora_bias,
+        masked=bool(config.alora_invocation_tokens),
+        owner=owner,
     )
     ranges = configs.slices(config, module) or (None,)
     return [replace(whole, columns=columns) for columns in ranges]
@@ -323,6 +264,15 @@ def _check_inits(config: LoraConfig, rows: tuple[LeafPlan, ...]) -> None:
     problems = {
         f"{row.path}: {problem}"
         for row in rows
-        for problem in init_problems(init, row.r, drawn=False)
+        for problem in (
+            *init_problems(init, row.r, drawn=False),
+            kind_problem(init, row.looked_up, bool(row.window)),
+        )
+        if problem
     }
+    if config.alora_invocation_tokens and changes_base(init):
+        problems.add(
+            f"init_lora_weights: {init!r} takes A·B out of the base, which it changes for every "
+            "token; beside alora_invocation_tokens use one that leaves the base as it is"
+        )
     raise_all(ConfigError, "this configuration cannot be applied", sorted(problems))

@@ -7,11 +7,11 @@ from typing import Any
 
 from jax import lax
 
-from .. import contractions, lowrank
+from .. import contractions, frozen, lowrank
 from ..adapter import IN, OUT, STACKED
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
-from .weight import LoraWeight, adapter_at, gain_at, mirror
+from .weight import LoraWeight, adapter_at, bias_at, gain_at, mirror
 
 
 @rule("dot_general")
@@ -30,25 +30,44 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     contract, batch = call.params["dimension_numbers"]
     if weight_first:
         contract, batch = contract[::-1], batch[::-1]
-    call.site(weight, contract[1], batch[1])
-    y = call.plain(base_of(lhs), base_of(rhs))
+    call.site(weight, contract[1], batch[1], stacks=True)
+    y = _base_dot(call, base_of(lhs), base_of(rhs))
     if weight.planning:
         return y
     options = (contract, batch, weight_first, call.params["precision"])
     if weight.gain is not None:
+        call.site(weight, contract[1], batch[1])
         return _dora_dot(call, y, x, weight, *options)
+    biased = y
+    if weight.bias is not None:
+        bias, letters = bias_at(weight, contract[1], batch[1])
+        place = _kept_places(weight, y, contract, batch, weight_first)
+        biased = lowrank.biased(y, bias, letters, place)
     x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
-    return call.record.product(y, x, adapter, *options)
+    x = call.activated(x, weight, (*contract[0], *batch[0]))
+    if any(s == STACKED and axis not in batch[1] for axis, s in enumerate(adapter.axes)):
+        return lowrank.add(biased, contractions.dot_of_stacks(x, adapter, *options)).astype(y.dtype)
+    return call.record.product(biased, x, adapter, *options).astype(y.dtype)
+
+
+def _base_dot(call: Call, lhs: Any, rhs: Any) -> Any:
+    """Return the product as its author wrote it, or its equal that XLA does not widen."""
+    result = call.eqn.outvars[0].aval.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    if frozen.widens(call.params, lhs.dtype, rhs.dtype, result):
+        return frozen.dot(lhs, rhs, call.params["dimension_numbers"])
+    return call.plain(lhs, rhs)
 
 
 def _dora_dot(
     call: Call, y: Any, x: Any, weight: LoraWeight, contract: Any, batch: Any, *options: Any
 ) -> Any:
     """Return ``g·(x·W + s·(x·A)·B)``; where the out axes are summed over, g is a factor of x."""
+    call.refuse_masked(weight)
     weight_first, _ = options
 
     def plain(x: Any) -> Any:
-        return call.plain(weight.base, x) if weight_first else call.plain(x, weight.base)
+        operands = (weight.base, x) if weight_first else (x, weight.base)
+        return _base_dot(call, *operands)
 
     def whole(y: Any, x: Any, adapter: Any) -> Any:
         return call.record.product(y, x, adapter, contract, batch, *options)
@@ -60,16 +79,23 @@ def _dora_dot(
         place = dict(zip([*contract[1], *batch[1]], [*contract[0], *batch[0]], strict=True))
         x = lowrank.gained(x, gain, letters, place)
         return whole(plain(x), x, adapter)
-    free = [n for n in range(weight.base.ndim) if n not in {*contract[1], *batch[1]}]
-    first = len(batch[1]) if weight_first else y.ndim - len(free)
-    place = {axis: n for n, axis in enumerate(batch[1])}
-    place |= {axis: first + n for n, axis in enumerate(free)}
+    place = _kept_places(weight, y, contract, batch, weight_first)
     kept, adapter = call.dropped(x, weight, adapter)
     if kept is x:
         return lowrank.gained(whole(y, x, adapter), gain, letters, place)
     # As in PEFT the base's own output stays; what DoRA adds to it is of the inputs kept.
     rest = plain(kept / (1 - weight.dropout))
     return y + lowrank.gained(whole(rest, kept, adapter), gain, letters, place) - rest
+
+
+def _kept_places(
+    weight: LoraWeight, y: Any, contract: Any, batch: Any, weight_first: bool
+) -> dict[int, int]:
+    """Return which axis of a ``dot_general``'s output each axis of the weight becomes."""
+    free = [n for n in range(weight.base.ndim) if n not in {*contract[1], *batch[1]}]
+    first = len(batch[1]) if weight_first else y.ndim - len(free)
+    places = {axis: n for n, axis in enumerate(batch[1])}
+    return places | {axis: first + n for n, axis in enumerate(free)}
 
 
 @rule("conv_general_dilated")
@@ -86,6 +112,7 @@ def conv_general_dilated(call: Call, x: Any, kernel: Any) -> Any:
     y = call.plain(x, kernel.base)
     if kernel.planning:
         return y
+    call.refuse_masked(kernel)
     adapter, gain = adapter_at(kernel, spec.rhs_spec[1:]), kernel.gain
     out, summed = spec.rhs_spec[:2]
     if gain is not None:
@@ -95,10 +122,15 @@ def conv_general_dilated(call: Call, x: Any, kernel: Any) -> Any:
             y = call.plain(x, kernel.base)
     if groups > 1 and adapter.axes[spec.rhs_spec[0]] != "o":
         raise Unsupported("a grouped kernel is used the other way round")
+    biased = y
+    if kernel.bias is not None:
+        bias, letters = bias_at(kernel, spec.rhs_spec[1:])
+        biased = lowrank.biased(y, bias, letters, {out: spec.out_spec[1]})
     x, adapter = call.dropped(x, kernel, adapter)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     options = {name: call.params[name] for name in names}
-    y = lowrank.add(y, contractions.conv(x, adapter, spec, groups, options))
+    addend = contractions.conv(x, adapter, spec, groups, options)
+    y = lowrank.add(biased, addend).astype(y.dtype)
     if gain is None or adapter.axes[out] == IN:
         return y
     return lowrank.gained(y, gain, adapter.axes, {out: spec.out_spec[1]})
@@ -117,8 +149,15 @@ def ragged_dot_general(call: Call, x: Any, weight: Any, group_sizes: Any) -> Any
     y = call.plain(x, weight.base, group_sizes)
     if weight.planning:
         return y
+    call.refuse_masked(weight)
     if weight.gain is not None:
         raise Unsupported("DoRA has no rule for groups of rows")
+    biased = y
+    if weight.bias is not None:
+        biased = lowrank.add(
+            y.astype(lowrank.wider(y.dtype, weight.bias.dtype)),
+            contractions.by_group(weight.bias, group_sizes, y.shape[0]),
+        )
     x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], groups))
     addend = contractions.ragged_dot(
         x,
@@ -129,7 +168,7 @@ def ragged_dot_general(call: Call, x: Any, weight: Any, group_sizes: Any) -> Any
         groups[0],
         call.params["precision"],
     )
-    return lowrank.add(y, addend)
+    return lowrank.add(biased, addend).astype(y.dtype)
 
 
 @rule("gather")
@@ -160,6 +199,7 @@ def _rows(call: Call, weight: LoraWeight, indices: Any, axis: int) -> Any:
     y = call.plain(weight.base, indices)
     if weight.planning:
         return y
+    call.refuse_masked(weight)
     adapter = adapter_at(weight, [axis])
     addend = contractions.take(adapter, axis, lambda factor, at: _lookup(call, factor, indices, at))
     # The author's result has the kept axis where offset_dims say, the addend at the end.

@@ -11,22 +11,46 @@ import jax.numpy as jnp
 
 from .. import config as configs
 from .. import paths
+from ..adapter import IN, OUT, STACKED
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import PlanError, raise_all
-from .interpret import Record
+from .interpret import Record, bias_problem
 
 Leaves = Mapping[str, Any]
 
 _OTHER_KINDS = {"gather": "an embedding", "conv_general_dilated": "a convolution"}
 
 
+def refuse_hanging(config: LoraConfig, leaves: Leaves) -> None:
+    """Raise for a regular expression that would never come to an end on these names.
+
+    Raises:
+        PlanError: names the pattern.
+    """
+    names = [name for path in leaves for name in (paths.module_of(path), path.replace("/", "."))]
+    raise_all(PlanError, "these patterns cannot be resolved", configs.hanging(config, names))
+
+
 def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
     """Return the weights that the patterns name, biases and norms of their modules apart."""
+    return bare(config, leaves) | _of_modules(config, leaves, record)
+
+
+def bare(config: LoraConfig, leaves: Leaves) -> set[str]:
+    """Return the parameters that ``target_parameters`` names."""
+    return {path for path in leaves if configs.parameter_name(config, path) is not None}
+
+
+def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
+    """Return the weights of the modules that ``target_modules`` names."""
+    if config.target_modules is None and config.target_parameters:
+        return set()
     if config.target_modules is None:
         raise PlanError(
             "target_modules is not set. Name modules, give one regular expression, or use "
             f"{ALL_LINEAR!r}. This model has: {_some(map(paths.module_of, record.sites))}"
         )
+    attention = paths.attentions(leaves)
     if config.target_modules == ALL_LINEAR:
         named = {
             path
@@ -34,13 +58,55 @@ def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
             if path not in record.rejected
             and not configs.is_output_head(paths.module_of(path))
             and not _other_kind(path, record)
+            and path not in attention
         }
     else:
         named = {path for path in leaves if _is_target(config, path)}
         named -= _companions(config.target_modules, named, record)
     excluded = {path for path in named if _named(config.exclude_modules, path)}
     saved = {path for path in named if configs.is_saved(config, paths.module_of(path))}
-    return {path for path in named - excluded - saved if could_adapt(leaves[path])}
+    chosen = {path for path in named - excluded - saved if could_adapt(leaves[path])}
+    # PEFT adapts an nn.MultiheadAttention as a whole, by its name alone.
+    whole = {attention[path] for path in chosen if paths.leaf_name(path) == paths.IN_PROJ}
+    return chosen | {path for path, owner in attention.items() if owner in whole}
+
+
+def owners(targets: set[str]) -> dict[str, str]:
+    """Return the module by whose name the patterns mean a target, where it is not its own.
+
+    >>> owners({"attn.in_proj_weight", "attn.out_proj.weight", "mlp.weight"})
+    {'attn.out_proj.weight': 'attn'}
+    """
+    found = paths.attentions(targets)
+    return {path: own for path, own in found.items() if own != paths.module_of(path)}
+
+
+def reject_shared(config: LoraConfig, leaves: Leaves, record: Record) -> None:
+    """Record as rejected the bare parameters whose experts would share one A and B."""
+    for path in bare(config, leaves):
+        for site in record.sites.get(path, {}).values():
+            letters = stacked_letters(site.letters)
+            kept = letters == site.letters
+            apart = site.primitive == "dot_general" and letters[-2:] == site.letters[-2:]
+            if not kept and not apart:
+                record.rejected.setdefault(path, {})[(-2,)] = (
+                    f"{site.primitive} uses it with axes {site.letters!r}, where PEFT has a pair "
+                    "for each index of all but the last two"
+                )
+
+
+def stacked_letters(letters: str) -> str:
+    """Return a bare parameter's letters with all but the last two axes stacked.
+
+    Those of one in, one out and stacked axes stay as they are.
+
+    >>> stacked_letters("sio"), stacked_letters("iio"), stacked_letters("oi")
+    ('sio', 'sio', 'oi')
+    """
+    if sorted(letters.replace(STACKED, "")) == [IN, OUT]:
+        return letters
+    last = letters[-2:] if letters[-2:] in (IN + OUT, OUT + IN) else IN + OUT
+    return STACKED * (len(letters) - 2) + last
 
 
 def reject_pairs(targets: set[str], record: Record) -> None:
@@ -49,6 +115,21 @@ def reject_pairs(targets: set[str], record: Record) -> None:
         if one & targets and other & targets:
             for path in (one | other) & targets:
                 record.rejected.setdefault(path, {})[(-1, n)] = why
+
+
+def reject_biases(targets: set[str], record: Record) -> None:
+    """Record as rejected the targets' uses that ``lora_bias`` has no rule for."""
+    for path in targets:
+        sites = record.sites.get(path, {})
+        # Which way round the adapter has it is the first use's, but for an author's derivative.
+        letters = next((site.letters for site in sites.values()), "")
+        for place, site in sites.items():
+            if site.dense_gradient:
+                why = "the author's derivative knows nothing of lora_bias"
+            else:
+                why = bias_problem(site.primitive, site.letters != letters, site.whole)
+            if why:
+                record.rejected.setdefault(path, {})[place] = f"{site.primitive}: {why}"
 
 
 def saved(config: LoraConfig, leaves: Leaves, targets: set[str]) -> set[str]:
@@ -75,6 +156,11 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
     modules = {paths.module_of(path): None for path in leaves}
     raise_all(
         PlanError,
+        "these target_parameters cannot be adapted",
+        _bare_problems(config, leaves, record),
+    )
+    raise_all(
+        PlanError,
         "these patterns match no module",
         (
             f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
@@ -83,7 +169,8 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
     )
     problems = []
     for path in sorted(targets):
-        if configs.materializes(config, paths.module_of(path)):
+        # A weight that is formed has no place for a bias.
+        if configs.materializes(config, paths.module_of(path)) and not config.lora_bias:
             continue
         problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
         if path not in record.rejected and path not in record.sites:
@@ -108,6 +195,8 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
         return "never used"
     if config.target_modules != ALL_LINEAR:
         return "not targeted"
+    if paths.leaf_name(path) == paths.IN_PROJ:
+        return "PyTorch's attention, which PEFT adapts by its name"
     head = configs.is_output_head(paths.module_of(path))
     return "output head" if head else _other_kind(path, record) or "not targeted"
 
@@ -124,13 +213,21 @@ def could_adapt(leaf: Any) -> bool:
 
 
 def _companions(names: Any, named: set[str], record: Record) -> set[str]:
-    """Return what a module holds beside its matmul weight, unless it is named by its own path."""
-    modules = {paths.module_of(path) for path in named & record.sites.keys()}
+    """Return what a module holds beside its matmul weight, unless it is named by its own path.
+
+    A bias is beside it even where its rows are looked up, as those of a group of experts are.
+    """
+    weights = {path for path in named & record.sites.keys() if not _is_bias(path)}
+    modules = {paths.module_of(path) for path in weights}
     return {
         path
-        for path in named - record.sites.keys()
+        for path in named - weights
         if paths.module_of(path) in modules and not configs.matches(names, path.replace("/", "."))
     }
+
+
+def _is_bias(path: str) -> bool:
+    return paths.leaf_name(path) in paths.BIAS_NAMES
 
 
 def _named(names: Any, path: str) -> bool:
@@ -153,18 +250,23 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
     for name in _each(config.exclude_modules):
         if not any(_named(_alike(config.exclude_modules, name), path) for path in leaves):
             yield "exclude_modules", name
+    for name in config.target_parameters or ():
+        if not bare(replace(config, target_parameters=(name,)), leaves):
+            yield "target_parameters", name
     wanted = config.layers_to_transform
     for layer in (wanted,) if isinstance(wanted, int) else wanted or ():
         one = replace(config, layers_to_transform=layer)
-        if not any(configs.in_chosen_layer(one, path.replace("/", ".")) for path in targets):
+        of_modules = targets - bare(config, leaves)
+        if not any(configs.in_chosen_layer(one, path.replace("/", ".")) for path in of_modules):
             yield "layers_to_transform", str(layer)
     saved = config.modules_to_save or ()
     # PEFT lists every head name it knows, so one that fits is enough.
     if saved and not any(configs.is_saved(config, paths.module_of(path)) for path in leaves):
         yield "modules_to_save", ", ".join(saved)
+    owner = owners(targets)
     for field_name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field_name):
-            modules = (paths.module_of(path) for path in targets)
+            modules = (owner.get(path, configs.name_in_patterns(config, path)) for path in targets)
             if not any(configs.hits(pattern, module) for module in modules):
                 yield field_name, pattern
 
@@ -176,6 +278,22 @@ def _each(names: Any) -> tuple[str, ...]:
 def _alike(names: Any, name: str) -> Any:
     """Return one pattern in the form it was given: a regex alone, a name in a list."""
     return name if isinstance(names, str) else (name,)
+
+
+def _bare_problems(config: LoraConfig, leaves: Leaves, record: Record) -> Iterator[str]:
+    """Yield every bare parameter that is no matrix, or that something else trains, too."""
+    twice = _of_modules(config, leaves, record)
+    if config.target_modules == ALL_LINEAR:
+        # PEFT's linear layers are modules; a leaf of its own is none, but counts as one here.
+        twice = {path for path in twice if paths.module_of(path) != path}
+    for path in sorted(bare(config, leaves)):
+        if not could_adapt(leaves[path]):
+            shape = tuple(leaves[path].shape)
+            yield f"{path}: got {leaves[path].dtype}{shape}, wanted floating point, 2 or 3 axes"
+        if path in twice:
+            yield f"{path}: target_modules means it, too"
+        if configs.is_saved(config, paths.module_of(path)):
+            yield f"{path}: modules_to_save trains it in full"
 
 
 def _close(pattern: str, modules: Mapping[str, None]) -> str:

@@ -32,7 +32,8 @@ def reshape(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
 @rule("broadcast_in_dim")
 def broadcast_in_dim(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
     """Add axes, of size 1 as ``w[None]`` does, or larger ones along which the weight repeats."""
-    return moves.broadcast(weight, call.params["shape"], call.params["broadcast_dimensions"])
+    axes = tuple(map(int, call.params["broadcast_dimensions"]))  # vmap makes numpy's of them
+    return moves.broadcast(weight, call.params["shape"], axes)
 
 
 @rule("slice")
@@ -173,6 +174,7 @@ def div(call: Call, weight: Any, number: Any) -> LoraWeight:
 
 
 def _scaled(weight: LoraWeight, base: Any, act: Any) -> LoraWeight:
+    # A bias is the output's, as the module's own is: what multiplies W does not reach it.
     return replace(weight, base=base, b=None if weight.planning else act(weight.b))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .plan import LeafPlan, Plan
+    from .leaf import LeafPlan
+    from .plan import Plan
 
 _HEADINGS = ("path", "shape", "decision", "r", "scale", "A", "B", "sites")
 
@@ -27,7 +28,7 @@ def totals(plan: Plan) -> str:
 
     The share is PEFT's: trained values over base values plus those that LoRA adds.
     """
-    added = sum(leaf.trained for leaf in plan.adapted)
+    added = sum(leaf.trained for leaf in plan.leaves if leaf.adapted or leaf.rows)
     share = 100 * plan.trainable / max(plan.base + added, 1)
     return (
         f"trainable {plan.trainable:,} of {plan.base + added:,} ({share:.4f} %), "
@@ -38,6 +39,8 @@ def totals(plan: Plan) -> str:
 def _row(leaf: LeafPlan) -> tuple[str, ...]:
     why = f"{leaf.why}, author's derivative forms dW" if leaf.dense_gradient else leaf.why
     why += ", DoRA" if leaf.dora else ""
+    why += ", with a bias" if leaf.biased else ""
+    why += ", aLoRA" if leaf.masked else ""
     why += f", W + AB is formed: {leaf.materialized}" if leaf.materialized else ""
     if not leaf.adapted:
         return (leaf.path, str(leaf.shape), why, "", "", "", "", str(leaf.sites))

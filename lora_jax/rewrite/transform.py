@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import lowrank, paths
-from ..adapter import Adapter, Adapters, Full, check_fit
+from .. import lowrank, paths, rows
+from ..adapter import Adapter, Adapters, Full, Rows, check_fit
+from ..alora import check_active
 from ..errors import AdapterError, raise_all
 from .interpret import Record, interpret
 from .trace import Traced, trace
@@ -24,12 +25,18 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     ``fn'(..., dropout_key=key)`` drops inputs of the low-rank paths at each adapter's rate, with
     a key for each site and each step of a scan; without a key nothing is dropped.
 
+    ``fn'(..., active=mask)`` is for adapters of a plan with ``alora_invocation_tokens``: they act
+    where the boolean mask is True. Each product's input begins with the mask's axes, such as
+    ``(batch, tokens)``, or with one axis for them all; inside ``vmap`` give what it maps.
+
     Args:
         fn: any JAX function whose first argument is a pytree of parameters.
 
     Raises:
-        AdapterError: at the call, when an adapter fits no parameter or is never applied.
-        PlanError: at the call, when a weight is used in a way that has no rule.
+        AdapterError: at the call, when an adapter fits no parameter or is never applied, or when
+            a mask is missing or there is none to want it.
+        PlanError: at the call, when a weight is used in a way that has no rule, or the mask does
+            not fit the input of a product.
 
     Source: LoRA, arXiv 2106.09685, applied to the function's jaxpr.
 
@@ -44,11 +51,17 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def adapted(
-        params: Any, adapters: Adapters, *args: Any, dropout_key: Any = None, **kwargs: Any
+        params: Any,
+        adapters: Adapters,
+        *args: Any,
+        dropout_key: Any = None,
+        active: Any = None,
+        **kwargs: Any,
     ) -> Any:
         check_fit(params, adapters)
+        check_active(adapters, active)
         traced = trace(fn, params, args, kwargs)
-        record = Record(dropout_key=dropout_key)
+        record = Record(dropout_key=dropout_key, active=active)
         outs = apply(record, traced, traced.operands, adapters)
         reject_unused(record, adapters)
         return traced.rebuild(outs)
@@ -62,16 +75,26 @@ def apply(record: Record, traced: Traced, operands: Sequence[Any], adapters: Ada
     Raises:
         PlanError: a weight is used in a way that has no rule.
     """
+    outs = run_adapted(record, traced, operands, adapters)
+    record.raise_rejected()
+    return outs
+
+
+def run_adapted(
+    record: Record, traced: Traced, operands: Sequence[Any], adapters: Adapters
+) -> list[Any]:
+    """Return what ``apply`` does, with every use that has no rule in the record, not raised."""
     values, parts = list(operands), _parts(adapters)
     for place, path in enumerate(traced.paths):
         whole, base = adapters.get(path), values[place]
         if isinstance(whole, Full):
             values[place] = whole.value
+        elif isinstance(whole, Rows):
+            values[place] = enter(path, base, rows.pair(base, whole))
         elif path in parts:
             values[place] = enter(path, base, lowrank.joined(parts[path], base.shape))
     outs = interpret(record, traced.closed, values)
     reject_outputs(record, outs)
-    record.raise_rejected()
     return outs
 
 
@@ -84,8 +107,9 @@ def reject_outputs(record: Record, outs: list[Any]) -> None:
 
 
 def reject_unused(record: Record, adapters: Adapters) -> None:
-    """Raise one ``AdapterError`` with every low-rank pair that no product has used."""
-    unused = sorted(_parts(adapters).keys() - record.sites.keys() - record.formed)
+    """Raise one ``AdapterError`` with every low-rank pair, and all rows, that no product uses."""
+    wanted = _parts(adapters).keys() | {n for n, one in adapters.items() if isinstance(one, Rows)}
+    unused = sorted(wanted - record.sites.keys() - record.formed)
     raise_all(
         AdapterError,
         "these adapters are never applied by the function",

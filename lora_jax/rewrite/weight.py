@@ -8,6 +8,7 @@ the axis order in which it reads the weight, and nothing weight-sized is ever fo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .. import lowrank
-from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pytree
+from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
 from .registry import Unsupported
 
 Label = tuple[int, int]
@@ -40,6 +41,8 @@ class Leaf:
         letters: the adapter's ``axes``; None while planning, when they are being found out.
         dropout: the adapter's dropout rate.
         materialize: whether ``W + s·A·B`` may be formed where a use has no rule.
+        shape: its shape there.
+        masked: whether the adapter acts on a part of the tokens only.
     """
 
     path: str
@@ -47,6 +50,8 @@ class Leaf:
     letters: str | None = None
     dropout: float | int = 0.0
     materialize: bool = False
+    shape: tuple[int, ...] = ()
+    masked: bool = False
 
 
 @pytree
@@ -65,6 +70,7 @@ class LoraWeight:
         leaves: the parameters.
         scale: the scale of ``A·B``.
         gain: DoRA's ``m / ‖W + s·A·B‖`` in the layout of B with r = 1; None without it.
+        bias: the adapter's bias times the scale, in the same layout; None without it.
     """
 
     base: Any
@@ -75,6 +81,7 @@ class LoraWeight:
     leaves: tuple[Leaf, ...] = field(metadata=dict(static=True))
     scale: Any = field(default=1.0, metadata=dict(static=is_number))
     gain: Any = None
+    bias: Any = None
 
     @property
     def planning(self) -> bool:
@@ -103,6 +110,18 @@ class LoraWeight:
             raise Unsupported(f"weights with the dropout rates {sorted(rates)} are concatenated")
         return rates.pop()
 
+    @property
+    def masked(self) -> bool:
+        """Whether the low-rank path is that of a part of the tokens only.
+
+        Raises:
+            Unsupported: the parameters of a concatenation differ in it.
+        """
+        found = {leaf.masked for leaf in self.leaves}
+        if len(found) > 1:
+            raise Unsupported("weights are concatenated of which some have an aLoRA")
+        return found.pop()
+
     def letter(self, labels: frozenset[Label]) -> str:
         """Return the adapter's letter for these axes of the parameters."""
         if not labels:
@@ -117,10 +136,20 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
     """Return the ``LoraWeight`` for a parameter; without an adapter, one for planning."""
     origin = tuple(frozenset({(0, axis)}) for axis in range(base.ndim))
     if adapter is None:
-        return LoraWeight(base, None, None, origin, frozenset(), (Leaf(path, base.ndim),))
-    leaf = Leaf(path, base.ndim, adapter.axes, adapter.dropout, adapter.materialize)
-    gain = lowrank.gain(base, adapter)
-    return LoraWeight(base, adapter.a, adapter.b, origin, frozenset(), (leaf,), adapter.scale, gain)
+        leaf = Leaf(path, base.ndim, shape=tuple(base.shape))
+        return LoraWeight(base, None, None, origin, frozenset(), (leaf,))
+    leaf = Leaf(
+        path,
+        base.ndim,
+        adapter.axes,
+        adapter.dropout,
+        adapter.materialize,
+        tuple(base.shape),
+        adapter.masked,
+    )
+    gain, bias = lowrank.gain(base, adapter), lowrank.scaled_bias(adapter)
+    a, b, scale = adapter.a, adapter.b, adapter.scale
+    return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias)
 
 
 def use(
@@ -128,6 +157,7 @@ def use(
     contracted: Sequence[int],
     batch: Sequence[int] = (),
     window: Sequence[int] = (),
+    stacks: bool = False,
 ) -> dict[str, str]:
     """Return the letters that a product with these axes gives each parameter, by path.
 
@@ -136,6 +166,7 @@ def use(
         contracted: the axes of ``base`` that the product sums over.
         batch: those that it runs over in step with the input.
         window: those among ``contracted`` that slide over the input, as a convolution's do.
+        stacks: whether axes that the adapter stacks may be summed over or kept, too.
 
     Raises:
         Unsupported: one axis would need two letters, nothing is summed or nothing kept, or the
@@ -154,12 +185,31 @@ def use(
         one = "".join(letters[n, axis] for axis in range(leaf.ndim))
         if IN not in one or OUT not in one:
             raise Unsupported("no axis is summed over" if IN not in one else "no axis is kept")
-        slides = window_axes(weight, window, n)
+        slides, used = window_axes(weight, window, n), one
+        if leaf.letters is not None and stacks:
+            pairs = zip(one, leaf.letters, strict=True)
+            one = "".join(own if own == STACKED else letter for letter, own in pairs)
         if leaf.letters is not None and not same_use(one, leaf.letters, slides):
-            raise Unsupported(f"used with axes {one!r}, the adapter has {leaf.letters!r}")
+            raise Unsupported(f"used with axes {used!r}, the adapter has {leaf.letters!r}")
         if not same_use(found.setdefault(leaf.path, one), one, slides):
             raise Unsupported(f"used with axes {one!r} and with axes {found[leaf.path]!r}")
     return found
+
+
+def is_whole(weight: LoraWeight, contracted: Sequence[int], letters: Mapping[str, str]) -> bool:
+    """Tell whether a product sums over all of the parameters' in axes, and over nothing else.
+
+    One over a part of them, as a shard or a slice has it, is not yet what the module returns.
+
+    Args:
+        weight: what is used.
+        contracted: the axes of ``base`` that the product sums over.
+        letters: what ``use`` found for this product.
+    """
+    summed = math.prod(weight.base.shape[axis] for axis in contracted)
+    return all(
+        math.prod(pick(leaf.shape, letters[leaf.path], IN)) == summed for leaf in weight.leaves
+    )
 
 
 def window_axes(weight: LoraWeight, window: Sequence[int], leaf: int = 0) -> frozenset[int]:
@@ -195,6 +245,14 @@ def gain_at(
     return whole.gain, letters
 
 
+def bias_at(
+    weight: LoraWeight, contracted: Sequence[int] = (), batch: Sequence[int] = ()
+) -> tuple[Any, str]:
+    """Return the bias, or None, and the letters, for the weight as ``adapter_at`` has it."""
+    whole, letters = _as_used(weight, contracted, batch)
+    return whole.bias, letters
+
+
 def _as_used(
     weight: LoraWeight, contracted: Sequence[int], batch: Sequence[int]
 ) -> tuple[LoraWeight, str]:
@@ -224,8 +282,9 @@ def with_letters(weight: LoraWeight, letters: str) -> LoraWeight:
         return jnp.broadcast_to(thinned, shape_of(shape, letters, r))
 
     gain = None if weight.gain is None else repeated(weight.gain, b_shape, 1)
+    bias = None if weight.bias is None else repeated(weight.bias, b_shape, 1)
     a, b = repeated(weight.a, a_shape, r), repeated(weight.b, b_shape, r)
-    return replace(weight, a=a, b=b, gain=gain)
+    return replace(weight, a=a, b=b, gain=gain, bias=bias)
 
 
 def change(weight: LoraWeight, a: Any, b: Any) -> Any:
@@ -254,37 +313,45 @@ def mirror(weight: LoraWeight, act: Callable[[Any, Mapping[int, int]], Any]) -> 
         return replace(weight, base=base)
     at_out = factor_axes(weight, OUT)
     gain = None if weight.gain is None else act(weight.gain, at_out)
+    bias = None if weight.bias is None else act(weight.bias, at_out)
     a, b = act(weight.a, factor_axes(weight, IN)), act(weight.b, at_out)
-    return replace(weight, base=base, a=a, b=b, gain=gain)
+    return replace(weight, base=base, a=a, b=b, gain=gain, bias=bias)
 
 
-def split(weight: LoraWeight) -> tuple[Any, Any, Any, Any]:
-    """Return base, A, B and gain for a scan over the weight's leading axis.
+PARTS = ("base", "a", "b", "gain", "bias")
+"""The arrays of a ``LoraWeight``."""
+
+
+def split(weight: LoraWeight) -> tuple[Any, ...]:
+    """Return the arrays ``PARTS`` for a scan over the weight's leading axis.
 
     Raises:
         Unsupported: that axis is not stacked in the adapter.
     """
     if not weight.planning and weight.letters[0] != STACKED:
         raise Unsupported("the scan runs over an axis that its adapter does not stack")
-    return weight.base, weight.a, weight.b, weight.gain
+    return parts(weight)
 
 
-def step(weight: LoraWeight, base: Any, a: Any, b: Any, gain: Any) -> LoraWeight:
+def parts(weight: LoraWeight) -> tuple[Any, ...]:
+    """Return the arrays ``PARTS``."""
+    return tuple(getattr(weight, name) for name in PARTS)
+
+
+def with_parts(weight: LoraWeight, arrays: Sequence[Any]) -> LoraWeight:
+    """Return the weight with these arrays as its ``PARTS``."""
+    return replace(weight, **dict(zip(PARTS, arrays, strict=True)))
+
+
+def step(weight: LoraWeight, *arrays: Any) -> LoraWeight:
     """Return what one step of a scan over the leading axis sees of the weight."""
     labels = weight.origin[0]
-    return replace(
-        weight,
-        base=base,
-        a=a,
-        b=b,
-        gain=gain,
-        origin=weight.origin[1:],
-        looped=weight.looped | labels,
-    )
+    inside = with_parts(weight, arrays)
+    return replace(inside, origin=weight.origin[1:], looped=weight.looped | labels)
 
 
-def specs(weight: LoraWeight, spec: PartitionSpec) -> tuple[Any, Any, Any, Any]:
-    """Return the ``PartitionSpec`` of base, A, B and gain for that of base."""
+def specs(weight: LoraWeight, spec: PartitionSpec) -> tuple[Any, ...]:
+    """Return the ``PartitionSpec`` of each of ``PARTS`` for that of base."""
     names = dict(enumerate(spec))
 
     def of(letter: str, ndim: int) -> PartitionSpec:
@@ -293,6 +360,7 @@ def specs(weight: LoraWeight, spec: PartitionSpec) -> tuple[Any, Any, Any, Any]:
         return PartitionSpec(*(by_place.get(n) for n in range(ndim)))
 
     if weight.planning:
-        return spec, None, None, None
+        return spec, None, None, None, None
     of_b = of(OUT, weight.b.ndim)
-    return spec, of(IN, weight.a.ndim), of_b, None if weight.gain is None else of_b
+    thin = (None if one is None else of_b for one in (weight.gain, weight.bias))
+    return spec, of(IN, weight.a.ndim), of_b, *thin

@@ -1,0 +1,115 @@
+"""``RESULTS.md``: the tables of some runs and the log of what was tried, as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from .attempts import Attempt
+from .harness import Result
+from .limits import Limits
+from .report import Report
+from .rows import HEADINGS, checked, facts, rows, stated
+
+HEAD = """# Results of the benchmarks
+
+Written by `{command}`; not edited by hand.
+
+Every case is first checked for equal results between the contestants, then timed in turns. A
+ratio is that of the first contestant over the row's, pair by pair, and lower is better; a verdict
+holds the interval of its median. A noisy run gets no verdict."""
+
+# What a page of text has no room for.
+SHOWN = (
+    "median",
+    "middle half",
+    "of the limit",
+    "compile",
+    "peak memory",
+    "FLOPs",
+    "ratio (middle half)",
+)
+
+
+def to_markdown(reports: Sequence[Report], attempts: Sequence[Attempt], command: str) -> str:
+    """Return the document.
+
+    Args:
+        reports: the runs, one section each.
+        attempts: what was tried.
+        command: the one that writes this.
+    """
+    parts = [HEAD.format(command=command)]
+    for report in reports:
+        parts += _run(report)
+    parts += ["## What was tried", *_attempts(attempts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _run(report: Report) -> Iterator[str]:
+    known = facts(report)
+    machine = known.get("processor", "an unknown machine")
+    yield f"## {_plain(machine)}, {known.get('date', 'no date')}"
+    if "command" in known:
+        yield f"    {known['command']}"
+    told = {name: value for name, value in known.items() if name != "command"}
+    yield _list(told)
+    for result in report.results:
+        yield from _case(result, report.limits)
+    if report.failed:
+        yield "### Cases that gave no result"
+        yield _list(report.failed)
+    yield "### Versions and settings"
+    yield _list(stated(report))
+
+
+def _case(result: Result, limits: Limits | None) -> Iterator[str]:
+    yield f"### {_plain(result.case)}"
+    yield f"{_plain(result.title)}; {checked(result)}."
+    found = rows(result, limits)
+    cells = [
+        (
+            row.contestant,
+            *("" if row.skipped else row.cells[HEADINGS.index(name)] for name in SHOWN),
+            f"skipped: {row.skipped}" if row.skipped else row.verdict,
+        )
+        for row in found
+    ]
+    yield _table(("contestant", *SHOWN, "verdict"), cells)
+
+
+def _attempts(attempts: Sequence[Attempt]) -> Iterator[str]:
+    if not attempts:
+        yield "Nothing is in the log yet."
+        return
+    yield _table(
+        ("date", "case", "tried", "before", "after", "change", "kept", "why"),
+        [
+            (
+                one.date.isoformat(),
+                one.case,
+                one.tried,
+                f"{one.before:g} {one.unit}",
+                f"{one.after:g} {one.unit}",
+                f"{one.change:+.1%}",
+                "yes" if one.kept else "no",
+                one.why,
+            )
+            for one in attempts
+        ],
+    )
+
+
+def _table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([_plain(cell) for cell in row] for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _list(told: Mapping[str, str]) -> str:
+    return "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in told.items())
+
+
+def _plain(text: str) -> str:
+    """Return a text in one line that Markdown shows as it is."""
+    marks = r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))"
+    return " ".join(re.sub(marks, r"\\\1", text).split())
