@@ -68,7 +68,7 @@ def subtract(one: Adapters, other: Adapters) -> dict[str, Adapter]:
         AdapterError: as ``add``.
 
     >>> import jax.numpy as jnp
-    >>> from lora_jax.lowrank import delta
+    >>> from lora_jax.changes import delta
     >>> pair = {"w": Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)}
     >>> float(abs(delta(subtract(pair, pair)["w"])).max())
     0.0

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from . import lowrank, paths
+from . import changes, paths
 from .adapter import (
     IN,
     OUT,
@@ -111,7 +111,7 @@ def without_dora(
     leaves, plain, errors = paths.flatten(params), dict(adapters), {}
     for path, one in adapters.items():
         if isinstance(one, Adapter) and one.magnitude is not None:
-            change = lowrank.change(jnp.asarray(leaves[path]), [one])
+            change = changes.change(jnp.asarray(leaves[path]), [one])
             a, b, errors[path] = _closest(change, one.axes, rank(one) if r is None else r)
             a, b = a.astype(one.a.dtype), b.astype(one.b.dtype)
             plain[path] = replace(one, a=a, b=b, scale=1.0, magnitude=None)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from . import lowrank, paths
+from . import changes, lowrank, paths
 from . import rows as rows_of
 from .adapter import Adapter, Adapters, Full, Rows, check_fit
 from .alora import refuse_masked
@@ -81,7 +81,7 @@ def merge(params: Any, adapters: Adapters) -> Any:
         if isinstance(adapter, Rows):
             changed[path] = rows_of.put(leaves[path], adapter)
         elif isinstance(adapter, Adapter):
-            changed[path] = lowrank.merged(changed.get(path, leaves[path]), adapter)
+            changed[path] = changes.merged(changed.get(path, leaves[path]), adapter)
         if name in own:
             bias: Any = changed.get(own[name], leaves[own[name]])
             changed[own[name]] = lowrank.add(bias, _bias_change(adapter, bias))
@@ -127,7 +127,7 @@ def _thick(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _bias_change(adapter: Any, bias: Any) -> Any:
     """Return ``s·bias`` in the shape of the parameter that it is added to."""
-    return lowrank.scaled_bias(adapter).reshape(bias.shape)  # pyright: ignore
+    return changes.scaled_bias(adapter).reshape(bias.shape)  # pyright: ignore
 
 
 def merge_report(params: Any, adapters: Adapters) -> dict[str, Rounding]:
@@ -170,8 +170,8 @@ def rounding(weight: Any, adapters: list[Adapter]) -> Rounding:
     weight = jnp.asarray(weight)
     merged = weight
     for adapter in adapters:
-        merged = lowrank.merged(merged, adapter)
-    return _rounding(weight, merged, lowrank.change(weight, adapters))
+        merged = changes.merged(merged, adapter)
+    return _rounding(weight, merged, changes.change(weight, adapters))
 
 
 def _rounding(weight: Any, merged: Any, change: Any) -> Rounding:

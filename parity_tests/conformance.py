@@ -242,7 +242,7 @@ def moved(theirs: Any) -> Any:
         for parameter in trainable(theirs).values():
             zero = not parameter.any()
             parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
-            parameter.add_(0.3 * zero * torch.randn_like(parameter))
+            parameter.add_(0.1 * zero * torch.randn_like(parameter))
     return theirs
 
 

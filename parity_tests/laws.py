@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import LoraConfig, lora, lowrank, merge, paths, plan
+from lora_jax import LoraConfig, changes, lora, merge, paths, plan
 from lora_jax import config as configs
 from lora_jax.rewrite.frugality import compiled, sizes_of, weight_sized
 
@@ -169,7 +169,7 @@ def gradient(subject: Subject) -> None:
         bound = BOUNDS[subject.precision][1]
         for path, adapter in adapters.items():
             weight = paths.parameter_of(path)
-            _, pull = jax.vjp(partial(lowrank.merged, frozen[weight]), adapter)
+            _, pull = jax.vjp(partial(changes.merged, frozen[weight]), adapter)
             (wanted,) = pull(whole[weight])
             assert relative(got[path].a, wanted.a) <= bound
             assert relative(got[path].b, wanted.b) <= bound

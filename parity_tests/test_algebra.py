@@ -27,10 +27,10 @@ from lora_jax import (
     subtract,
 )
 from lora_jax.adapter import a_shape, b_shape
+from lora_jax.changes import delta
 from lora_jax.compressing import delta_norm, effective_rank
 from lora_jax.errors import AdapterError
 from lora_jax.factors import factors, svd
-from lora_jax.lowrank import delta
 from lora_jax.merging import warnings_of
 from parity_tests.oracle import rel_l2
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import Adapter, arranging, lowrank
+from lora_jax import Adapter, arranging, changes, lowrank
 
 # Shapes of x, A and B, the weight's letters, what is summed and batched, and W on the left.
 LAYOUTS = {
@@ -47,7 +47,7 @@ def test_value_and_derivatives_are_those_of_the_whole_change(name, written):
             return lowrank.dot(x, adapter, contract, batch, weight_first=weight_first)
 
         def theirs(x, a, b):
-            change = lowrank.delta(Adapter(a, b, 0.5, axes))
+            change = changes.delta(Adapter(a, b, 0.5, axes))
             operands = (change, x) if weight_first else (x, change)
             order = slice(None, None, -1 if weight_first else 1)
             return jax.lax.dot_general(*operands, (contract[order], batch[order]))

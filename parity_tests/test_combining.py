@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lora_jax import Adapter, Full
+from lora_jax.changes import delta
 from lora_jax.combining import (
     CAT,
     COMBINATIONS,
@@ -22,7 +23,6 @@ from lora_jax.combining import (
 )
 from lora_jax.errors import AdapterError
 from lora_jax.initializers import fold_in_path
-from lora_jax.lowrank import delta
 from parity_tests.oracle import UNIT_ROUNDOFF, Vacuous, assert_within_rule, rel_l2
 
 U = UNIT_ROUNDOFF["float32"]

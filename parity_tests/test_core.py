@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import Adapter, Full, lowrank, merge, paths
+from lora_jax import Adapter, Full, changes, merge, paths
 from lora_jax.adapter import a_shape, b_shape, pick
 from lora_jax.errors import OutputError
 from lora_jax.files import output_directory, write_atomic
@@ -63,7 +63,7 @@ def test_kaiming_is_jax_variance_scaling():
 
 def test_orthogonal_changes_nothing_but_moves():
     a, b = draw(KEY, "orthogonal", (3, 40, 30), "sio", r=6)
-    product = lowrank.delta(Adapter(a, b, 1.0, "sio"))
+    product = changes.delta(Adapter(a, b, 1.0, "sio"))
     assert float(jnp.abs(product).max()) < 1e-6
     assert float(jnp.abs(a).max()) > 0.01 and float(jnp.abs(b).max()) > 0.01
 
@@ -82,7 +82,7 @@ def test_delta_is_the_outer_sum_over_the_rank(axes, r, seed):
     for index in np.ndindex(*shape):
         s, i, o = (pick(index, axes, letter) for letter in "sio")
         wanted[index] = 0.7 * sum(a[(*s, *i, k)] * b[(*s, k, *o)] for k in range(r))
-    np.testing.assert_allclose(lowrank.delta(adapter), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(changes.delta(adapter), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_dora_norm_is_the_norm_over_the_in_axes():
@@ -93,9 +93,9 @@ def test_dora_norm_is_the_norm_over_the_in_axes():
         jnp.asarray(rng.normal(size=(2, 5)), jnp.float32),
         2.0,
     )
-    whole = w + np.asarray(lowrank.delta(adapter))
+    whole = w + np.asarray(changes.delta(adapter))
     np.testing.assert_allclose(
-        lowrank.dora_norm(jnp.asarray(w), adapter), np.linalg.norm(whole, axis=0), rtol=1e-6
+        changes.dora_norm(jnp.asarray(w), adapter), np.linalg.norm(whole, axis=0), rtol=1e-6
     )
 
 

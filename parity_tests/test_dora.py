@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lora_jax import Adapter, LoraConfig, lora, lowrank, merge, plan
+from lora_jax import Adapter, LoraConfig, changes, lora, merge, plan
 from lora_jax.errors import PlanError
 from parity_tests import laws, subjects, subjects_products, subjects_structure
 from parity_tests.laws import planned, relative
@@ -182,8 +182,8 @@ def test_the_norm_gets_no_gradient_and_bf16_rounds_once():
     adapter = Adapter(a, b, 2.0, magnitude=jnp.full(16, 3.0))
     whole = np.asarray(w, np.float64) + 2 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     wanted = 3 * whole / np.linalg.norm(whole, axis=0)
-    got = lowrank.merged(w, adapter)
+    got = changes.merged(w, adapter)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=2**-8)
-    slope = jax.grad(lambda m: jnp.sum(lowrank.gain(w, dataclasses.replace(adapter, b=b * m))))(1.0)
+    slope = jax.grad(lambda m: jnp.sum(changes.gain(w, dataclasses.replace(adapter, b=b * m))))(1.0)
     assert float(slope) == 0.0

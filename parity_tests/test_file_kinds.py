@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import (
     Adapter,
-    lowrank,
+    changes,
     merge,
     open_adapter,
     without_dora,
@@ -152,7 +152,7 @@ def test_combinations_are_pefts(kind, tmp_path, capsys):
             if kind == "svd"
             else delta(layer, "c")
         )
-        np.testing.assert_allclose(lowrank.delta(one), wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(changes.delta(one), wanted, rtol=1e-4, atol=1e-5)
 
 
 def delta(layer, adapter):
@@ -198,7 +198,7 @@ def test_diff_of_two_files(dora, tmp_path, capsys):
     (row,) = [line for line in out.splitlines() if line.startswith("two ")]
     one, other = (open_adapter(tmp_path / d)[1]["two"] for d in "ab")
     plain = [dataclasses.replace(each, magnitude=None) for each in (one, other)]
-    x, y = map(lowrank.delta, plain)
+    x, y = map(changes.delta, plain)
     said = f"{jnp.linalg.norm(x - y) / jnp.linalg.norm(x):.3g}"
     assert said in row
     if dora:

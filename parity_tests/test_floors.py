@@ -45,7 +45,7 @@ FLOORS = [
         "naming_tables",
     },
     {"alora", "arranging", "frozen", "lowrank", "initializers", "entries"},
-    {"factors", "rows", "adam", "losses"},
+    {"factors", "rows", "adam", "losses", "changes"},
     {
         "merging",
         "layers",

@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from benchmarks.cases import decoder
-from lora_jax import Adapter, LoraConfig, frugality, lowrank, plan
+from lora_jax import Adapter, LoraConfig, changes, frugality, plan
 from lora_jax.errors import AdapterError, PlanError
 from lora_jax.rewrite import RULES
 from lora_jax.rewrite.frugality import compiled, count, weight_sized
@@ -41,7 +41,7 @@ def merged(call, x, weight):
     if weight.planning:
         return dot_general(call, x, weight)
     call.site(weight, (0,), ())
-    return call.plain(x, lowrank.merged(weight.base, adapter_at(weight, (0,), ())))
+    return call.plain(x, changes.merged(weight.base, adapter_at(weight, (0,), ())))
 
 
 def with_dense_gradient(call, x, weight):
@@ -50,7 +50,7 @@ def with_dense_gradient(call, x, weight):
         return dot_general(call, x, weight)
     factors = jax.tree.map(lax.stop_gradient, (weight.a, weight.b))
     kept = type(weight)(base_of(weight), *factors, weight.origin, weight.looped, weight.leaves)
-    delta = lowrank.delta(adapter_at(weight, (0,), ()))
+    delta = changes.delta(adapter_at(weight, (0,), ()))
     return dot_general(call, x, kept) + call.plain(x, delta - lax.stop_gradient(delta))
 
 

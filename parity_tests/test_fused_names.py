@@ -15,7 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import LoraConfig, load_config, load_pretrained, lowrank, plan, save_pretrained
+from lora_jax import (
+    LoraConfig,
+    changes,
+    load_config,
+    load_pretrained,
+    plan,
+    save_pretrained,
+)
 from lora_jax.adapter import Full
 from lora_jax.errors import AdapterError, ConfigError
 from lora_jax.naming import Fused, origins, places, torch_name
@@ -108,7 +115,7 @@ def deltas(layout: Layout, adapters: Any) -> np.ndarray:
     layers = max(layout.layers, 1)
     whole = np.zeros((layers, HEAD * sum(layout.heads), D), np.float32)
     for path, adapter in adapters.items():
-        change = np.asarray(lowrank.delta(adapter)).reshape(layers, D, -1)
+        change = np.asarray(changes.delta(adapter)).reshape(layers, D, -1)
         part = PARTS.index(path.split(".")[1]) if not layout.jax_is_fused else None
         rows = range(whole.shape[1]) if part is None else layout.rows()[part]
         whole[:, list(rows)] = change.transpose(0, 2, 1)

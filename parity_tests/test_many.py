@@ -20,8 +20,8 @@ from lora_jax import (
     Adapter,
     Full,
     LoraError,
+    changes,
     lora,
-    lowrank,
     map_adapters,
     merge,
     per_example,
@@ -87,13 +87,13 @@ def test_unstack_undoes_stack(axes, members, dtype):
     equal(stack(unstack(stacked)), stacked)
     for k, one in enumerate(adapters):
         np.testing.assert_allclose(
-            np.float64(lowrank.delta(select(stacked, k)["w"])),
-            np.float64(lowrank.delta(one["w"])),
+            np.float64(changes.delta(select(stacked, k)["w"])),
+            np.float64(changes.delta(one["w"])),
             rtol=1e-5,
             atol=1e-5 * members[k][1],
         )
     none = select(stacked, -1, {"bias": jnp.ones(3)})["w"]
-    np.testing.assert_array_equal(lowrank.delta(none), np.zeros(shape))
+    np.testing.assert_array_equal(changes.delta(none), np.zeros(shape))
 
 
 def one_loss(subject, adapters, scales, params, x):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import Adapter, lora, lowrank, merge, rescale
+from lora_jax import Adapter, changes, lora, merge, rescale
 from lora_jax.adapter import count
 from parity_tests import subjects
 from parity_tests.laws import loss, random_adapters, relative
@@ -49,5 +49,5 @@ def test_an_array_scale_stays_a_leaf_whatever_jax_puts_there():
         assert jax.tree.structure(again) == jax.tree.structure(one)
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one)
     axes = jax.tree.map(lambda _: 0, one)
-    assert jax.vmap(lowrank.delta, in_axes=(axes["w"],))(two["w"]).shape == (2, 3, 4)
+    assert jax.vmap(changes.delta, in_axes=(axes["w"],))(two["w"]).shape == (2, 3, 4)
     np.testing.assert_array_equal(merge({"w": jnp.zeros((3, 4))}, one)["w"], np.full((3, 4), 2.0))

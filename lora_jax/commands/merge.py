@@ -15,10 +15,10 @@ import safetensors.numpy
 from .. import indices, paths, rows
 from ..adapter import Adapter, Entry, Full, Rows
 from ..alora import refuse_masked
+from ..changes import merged
 from ..errors import AdapterError, AssetError, OutputError, raise_all
 from ..factors import pairs_of
 from ..files import write_atomic
-from ..lowrank import merged
 from ..merging import Rounding, rounding, warnings_of
 from ..peft import open_adapter
 from ..peft.files import CONFIG_NAME

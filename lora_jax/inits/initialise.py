@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from .. import lowrank, paths
+from .. import changes, lowrank, paths
 from ..adapter import IN, OUT, STACKED, Entry, pick
 from ..errors import ConfigError, raise_all
 from ..initializers import changes_base, fold_in_path, niter, reads_more
@@ -109,10 +109,10 @@ def initialise(
             changed[leaf.path] = (
                 _with_matrices(base, leaf, quantised[0])
                 if quantised
-                else lowrank.merged(base, taken_out)
+                else changes.merged(base, taken_out)
             )
         if leaf.dora:
-            norm = lowrank.dora_norm(changed.get(leaf.path, leaves[leaf.path]), adapter)
+            norm = changes.dora_norm(changed.get(leaf.path, leaves[leaf.path]), adapter)
             adapter = replace(adapter, magnitude=norm)
         adapters[leaf.name] = adapter
     return paths.replace(params, changed), adapters | plan.copies()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import initializers, lowrank
+from .. import changes, initializers, lowrank
 from ..adapter import Adapter, Full
 from ..peft import experts, tensors
 from ..rewrite import Plan
@@ -52,7 +52,7 @@ def _adamw(decay: float, **other: Any) -> Callable[[Any], Any]:
 
 
 def _merged_in_bf16(right: Any, w: Any, adapter: Adapter) -> Any:
-    return w + lowrank.delta(adapter).astype(jnp.bfloat16).astype(w.dtype)
+    return w + changes.delta(adapter).astype(jnp.bfloat16).astype(w.dtype)
 
 
 def _file(change: Callable[[Any, Any], Any]) -> Callable[[], Any]:

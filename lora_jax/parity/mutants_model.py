@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from .. import changes, contractions, layers, lowrank
 from .. import config as configs
-from .. import contractions, layers, lowrank
 from ..adapter import OUT, Adapter
 from ..rewrite import registry, transform, weight
 from ..rewrite.interpret import Call
@@ -61,7 +61,7 @@ def _dropped_base(right: Any, call: Call, lhs: Any, rhs: Any) -> Any:
 def _undetached(right: Any, w: Any, adapter: Adapter) -> Any:
     if adapter.magnitude is None:
         return None
-    return jnp.expand_dims(adapter.magnitude / lowrank.dora_norm(w, adapter), 0)
+    return jnp.expand_dims(adapter.magnitude / changes.dora_norm(w, adapter), 0)
 
 
 def _undilated(right: Any, x: Any, adapter: Any, spec: Any, groups: Any, options: Any) -> Any:

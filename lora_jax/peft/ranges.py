@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 
-from .. import lowrank
+from .. import changes
 from ..adapter import Adapter, Adapters, rank
 from ..rewrite import LeafPlan, Plan
 
@@ -29,7 +29,7 @@ def without_ranges(plan: Plan, adapters: Adapters) -> tuple[Plan, Adapters]:
     whole, changed = {}, dict(adapters)
     for path, ranges in parts.items():
         own = [one for leaf in ranges if isinstance(one := changed.pop(leaf.name), Adapter)]
-        changed[path] = joined = lowrank.joined(own, ranges[0].shape)
+        changed[path] = joined = changes.joined(own, ranges[0].shape)
         whole[path] = replace(ranges[0], r=rank(joined), columns=None)
     patterns = {re.escape(leaf.module): leaf for leaf in whole.values()}
     ranks = {pattern: leaf.r for pattern, leaf in patterns.items()}

@@ -18,6 +18,7 @@ from .. import alora, lowrank
 from ..adapter import Adapter
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
+from . import siblings
 from .registry import RULES, Unsupported
 from .runs import evaluate
 from .trace import canonical
@@ -86,6 +87,13 @@ class Record:
     calls: tuple[core.JaxprEqn, ...] = ()
     product: Callable[..., Any] = lowrank.add_dot
 
+    def sees_all(self, weight: LoraWeight) -> bool:
+        """Tell whether a weight's low-rank path is the usual one, of all of the input."""
+        masked = weight.masked and self.active is not None
+        dropped = weight.dropout and self.dropout_key is not None
+        usual = self.product is lowrank.add_dot and weight.gain is None
+        return usual and not masked and not dropped
+
     def raise_rejected(self) -> None:
         """Raise one ``PlanError`` with every use that has no rule."""
         raise_all(
@@ -99,7 +107,8 @@ class Record:
 class Call:
     """One equation that an adapted weight reaches, as its rule sees it.
 
-    ``index`` is its place in its jaxpr, which the random keys of dropout are made from.
+    ``index`` is its place in its jaxpr, which the random keys of dropout are made from, and
+    ``hidden`` its ``x·A`` where that was formed together with others'.
     """
 
     record: Record
@@ -107,6 +116,7 @@ class Call:
     eqn: core.JaxprEqn
     index: int
     dense_gradient: bool = False
+    hidden: Any = None
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -241,7 +251,10 @@ def interpret(
     jaxpr = closed.jaxpr
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(canonical, closed.consts), strict=True))
     env |= dict(zip(jaxpr.invars, operands, strict=True))
-    last_use = _last_use(jaxpr)
+    weights = {var for var, value in env.items() if isinstance(value, LoraWeight)}
+    steps = siblings.in_order(jaxpr, weights)
+    last_use = _last_use(jaxpr, steps)
+    hidden: dict[int, Any] = {}
     pending: list[core.JaxprEqn] = []
 
     def read(atom: Any) -> Any:
@@ -259,19 +272,21 @@ def interpret(
         pending.clear()
 
     opened = _CALLS if jax.config.jax_disable_jit else ()  # pyright: ignore[reportAttributeAccessIssue]
-    weights = {var for var, value in env.items() if isinstance(value, LoraWeight)}
-    for index, eqn in enumerate(jaxpr.eqns):
+    for at, (index, eqn) in enumerate((step.index, step.eqn) for step in steps):
         reached = any(not isinstance(v, core.Literal) and v in weights for v in eqn.invars)
         if not reached and eqn.primitive.name not in opened:
             pending.append(eqn)
             continue
-        run_pending(index)
-        outs = _apply(
-            Call(record, jaxpr, eqn, index, dense_gradient), [read(v) for v in eqn.invars]
-        )
+        run_pending(at)
+        if steps[at].siblings:
+            found = {n: jaxpr.eqns[n] for n in steps[at].siblings}
+            products = {n: (one, *map(read, one.invars)) for n, one in found.items()}
+            hidden |= siblings.share(products, record.sees_all)
+        call = Call(record, jaxpr, eqn, index, dense_gradient, hidden.pop(index, None))
+        outs = _apply(call, [read(v) for v in eqn.invars])
         env.update(zip(eqn.outvars, outs, strict=True))
         weights |= {v for v, out in zip(eqn.outvars, outs, strict=True) if _is_weight(out)}
-    run_pending(len(jaxpr.eqns))
+    run_pending(len(steps))
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -339,11 +354,11 @@ def _source(call: Call) -> str:
     return next(filter(None, known), "of unknown source")
 
 
-def _last_use(jaxpr: core.Jaxpr) -> dict[Any, int]:
+def _last_use(jaxpr: core.Jaxpr, steps: Sequence[siblings.Step]) -> dict[Any, int]:
     last: dict[Any, int] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        last |= {v: index for v in eqn.invars if not isinstance(v, core.Literal)}
-    end = len(jaxpr.eqns)
+    for at, step in enumerate(steps):
+        last |= {v: at for v in step.eqn.invars if not isinstance(v, core.Literal)}
+    end = len(steps)
     return last | {v: end for v in jaxpr.outvars if not isinstance(v, core.Literal)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from .. import lowrank
+from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED
 from .registry import Unsupported
 from .weight import STACK, UNIT, Label, LoraWeight, factor_axes, mirror, with_letters
@@ -129,7 +129,7 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
         raise Unsupported(
             f"weights with the axes {sorted({w.letters for w in weights})} are joined"
         )
-    scale = lowrank.common_scale(weights)
+    scale = changes.common_scale(weights)
     if scale is None:
         weights = [replace(w, a=lowrank.scaled(w.a, w)) for w in weights]
         scale = 1.0

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
+from .. import changes, paths
 from .. import config as configs
-from .. import lowrank, paths
 from .. import rows as rows_of
 from ..adapter import IN, OUT, Entry, Full
 from ..config import LoraConfig
@@ -97,7 +97,7 @@ class Plan:
                 bias = draw_bias(own, init, leaf.bias_shape, leaf.r, dtype)
                 adapter = replace(adapter, bias=bias)
             if leaf.dora:
-                norm = lowrank.dora_norm(self.normed[leaf.path], adapter).astype(dtype)
+                norm = changes.dora_norm(self.normed[leaf.path], adapter).astype(dtype)
                 adapter = replace(adapter, magnitude=norm)
             adapters[leaf.name] = adapter
         return adapters | self.copies(dtype)

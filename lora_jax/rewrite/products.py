@@ -7,7 +7,7 @@ from typing import Any
 
 from jax import lax
 
-from .. import contractions, frozen, lowrank
+from .. import changes, contractions, frozen, lowrank
 from ..adapter import IN, OUT, STACKED
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
@@ -42,8 +42,13 @@ def dot_general(call: Call, lhs: Any, rhs: Any) -> Any:
     if weight.bias is not None:
         bias, letters = bias_at(weight, contract[1], batch[1])
         place = _kept_places(weight, y, contract, batch, weight_first)
-        biased = lowrank.biased(y, bias, letters, place)
-    x, adapter = call.dropped(x, weight, adapter_at(weight, contract[1], batch[1]))
+        biased = changes.biased(y, bias, letters, place)
+    adapter = adapter_at(weight, contract[1], batch[1])
+    if call.hidden is not None:
+        return lowrank.add_raised(
+            biased, call.hidden, adapter, x.dtype, call.params["precision"]
+        ).astype(y.dtype)
+    x, adapter = call.dropped(x, weight, adapter)
     x = call.activated(x, weight, (*contract[0], *batch[0]))
     if any(s == STACKED and axis not in batch[1] for axis, s in enumerate(adapter.axes)):
         return lowrank.add(biased, contractions.dot_of_stacks(x, adapter, *options)).astype(y.dtype)
@@ -77,15 +82,15 @@ def _dora_dot(
     if letters[contract[1][0]] == OUT:
         call.refuse_dropout(weight)
         place = dict(zip([*contract[1], *batch[1]], [*contract[0], *batch[0]], strict=True))
-        x = lowrank.gained(x, gain, letters, place)
+        x = changes.gained(x, gain, letters, place)
         return whole(plain(x), x, adapter)
     place = _kept_places(weight, y, contract, batch, weight_first)
     kept, adapter = call.dropped(x, weight, adapter)
     if kept is x:
-        return lowrank.gained(whole(y, x, adapter), gain, letters, place)
+        return changes.gained(whole(y, x, adapter), gain, letters, place)
     # As in PEFT the base's own output stays; what DoRA adds to it is of the inputs kept.
     rest = plain(kept / (1 - weight.dropout))
-    return y + lowrank.gained(whole(rest, kept, adapter), gain, letters, place) - rest
+    return y + changes.gained(whole(rest, kept, adapter), gain, letters, place) - rest
 
 
 def _kept_places(
@@ -118,14 +123,14 @@ def conv_general_dilated(call: Call, x: Any, kernel: Any) -> Any:
     if gain is not None:
         call.refuse_dropout(kernel)
         if adapter.axes[out] == IN:
-            x = lowrank.gained(x, gain, adapter.axes, {summed: spec.lhs_spec[1]})
+            x = changes.gained(x, gain, adapter.axes, {summed: spec.lhs_spec[1]})
             y = call.plain(x, kernel.base)
     if groups > 1 and adapter.axes[spec.rhs_spec[0]] != "o":
         raise Unsupported("a grouped kernel is used the other way round")
     biased = y
     if kernel.bias is not None:
         bias, letters = bias_at(kernel, spec.rhs_spec[1:])
-        biased = lowrank.biased(y, bias, letters, {out: spec.out_spec[1]})
+        biased = changes.biased(y, bias, letters, {out: spec.out_spec[1]})
     x, adapter = call.dropped(x, kernel, adapter)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     options = {name: call.params[name] for name in names}
@@ -133,7 +138,7 @@ def conv_general_dilated(call: Call, x: Any, kernel: Any) -> Any:
     y = lowrank.add(biased, addend).astype(y.dtype)
     if gain is None or adapter.axes[out] == IN:
         return y
-    return lowrank.gained(y, gain, adapter.axes, {out: spec.out_spec[1]})
+    return changes.gained(y, gain, adapter.axes, {out: spec.out_spec[1]})
 
 
 @rule("ragged_dot_general")
@@ -211,7 +216,7 @@ def _rows(call: Call, weight: LoraWeight, indices: Any, axis: int) -> Any:
         return y
     if adapter.axes[axis] == OUT:
         raise Unsupported("DoRA scales the axis that is looked up")
-    return lowrank.gained(y, weight.gain, adapter.axes, {1 - axis: place})
+    return changes.gained(y, weight.gain, adapter.axes, {1 - axis: place})
 
 
 def _looked_up(weight: LoraWeight, numbers: Any, sizes: Any) -> int:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import lowrank, paths, rows
+from .. import changes, paths, rows
 from ..adapter import Adapter, Adapters, Full, Rows, check_fit
 from ..alora import check_active
 from ..errors import AdapterError, raise_all
@@ -92,7 +92,7 @@ def run_adapted(
         elif isinstance(whole, Rows):
             values[place] = enter(path, base, rows.pair(base, whole))
         elif path in parts:
-            values[place] = enter(path, base, lowrank.joined(parts[path], base.shape))
+            values[place] = enter(path, base, changes.joined(parts[path], base.shape))
     outs = interpret(record, traced.closed, values)
     reject_outputs(record, outs)
     return outs

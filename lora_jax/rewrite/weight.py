@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from .. import lowrank
+from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
 from .registry import Unsupported
 
@@ -147,7 +147,7 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
         tuple(base.shape),
         adapter.masked,
     )
-    gain, bias = lowrank.gain(base, adapter), lowrank.scaled_bias(adapter)
+    gain, bias = changes.gain(base, adapter), changes.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
     return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias)
 
@@ -290,14 +290,14 @@ def with_letters(weight: LoraWeight, letters: str) -> LoraWeight:
 def change(weight: LoraWeight, a: Any, b: Any) -> Any:
     """Return ``s·A·B`` in the shape of ``weight.base``, for these A and B."""
     adapter = adapter_at(replace(weight, a=a, b=b))
-    return lowrank.delta(adapter)
+    return changes.delta(adapter)
 
 
 def dense(weight: LoraWeight) -> Any:
     """Return ``W + s·A·B`` in the shape of ``weight.base``, with DoRA's gain if it has one."""
-    change = lowrank.delta(adapter_at(weight))
+    change = changes.delta(adapter_at(weight))
     wide = weight.base.astype(lowrank.wider(weight.base.dtype, change.dtype))
-    whole = lowrank.with_gain(lowrank.add(wide, change), *gain_at(weight))
+    whole = changes.with_gain(lowrank.add(wide, change), *gain_at(weight))
     return whole.astype(weight.base.dtype)
 
 

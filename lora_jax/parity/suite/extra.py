@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ... import changes, lora, lowrank
 from ... import config as configs
-from ... import lora, lowrank
 from ...adapter import Adapter
 from ...config import LoraConfig
 from .. import lora_oracle
@@ -165,7 +165,7 @@ def _dora(scale: float) -> Callable[..., Any]:
 
         y, pull = jax.vjp(run, arrays)
         adapter = Adapter(arrays["a"], arrays["b"], scale, magnitude=arrays["m"])
-        return y, pull(g)[0], lowrank.merged(arrays["w"], adapter)
+        return y, pull(g)[0], changes.merged(arrays["w"], adapter)
 
     return jax.jit(step)
 
