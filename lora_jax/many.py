@@ -24,6 +24,7 @@ from .errors import AdapterError, raise_all
 
 NONE = -1  # the index of "no adapter"
 AT_ONCE = 1024  # the rows that fill a CPU, see `map_adapters`
+SERVED = 512  # the rows whose results stay in its caches, see `per_example`
 
 Index = int | Int[Array | np.ndarray, "*batch"]
 
@@ -151,19 +152,14 @@ def map_adapters(fn: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
     >>> map_adapters(lambda adapters: adapters["w"].a.sum(), rows=4096)(stacked.adapters).tolist()
     [3.0, 3.0]
     """
-    if rows < 1:
-        raise AdapterError(f"map_adapters: rows is {rows}, wanted 1 or more")
+    _check_rows("map_adapters", rows)
 
     @functools.wraps(fn)
     def mapped(*args: Any) -> Any:
         leaves = jax.tree.leaves(args)
         if not leaves or not all(map(jnp.ndim, leaves)):
             raise AdapterError("map_adapters: wanted arguments whose arrays have a leading axis")
-        size = leaves[0].shape[0]
-        at_once = size if jax.default_backend() != "cpu" else max(AT_ONCE // rows, 1)
-        if at_once >= size:
-            return jax.vmap(fn)(*args)
-        return lax.map(lambda own: fn(*own), args, batch_size=at_once if at_once > 1 else None)
+        return _mapped(fn, args, rows, AT_ONCE)
 
     return mapped
 
@@ -215,17 +211,23 @@ def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Entr
     return {path: entry(path, each) for path, each in stacked.adapters.items()}
 
 
-def per_example(adapted: Callable[..., Any]) -> Callable[..., Any]:
+def per_example(adapted: Callable[..., Any], *, rows: int | None = None) -> Callable[..., Any]:
     """Return ``adapted`` with an adapter for each example: one batch, many adapters.
 
     Each example runs as a batch of one, so a function written for batches need not change.
-    What it computes with the frozen weights is computed for all examples at once.
+    What it computes with the frozen weights is computed for all examples at once. Given ``rows``,
+    a CPU takes as many at a time as have ``SERVED`` rows: with more, what a product with the
+    weights gives leaves the caches before the example's own addend meets it.
 
     Args:
         adapted: ``adapted(params, adapters, *args)``, such as ``lora(fn)``. Arrays in ``args``
             and in what it returns have the batch as their leading axis. Keyword arguments are
             the same for all examples, but for ``dropout_key``, which is split, and ``active``,
             which has the batch as its leading axis, too.
+        rows: of one example, as they meet a weight: its tokens.
+
+    Raises:
+        AdapterError: ``rows`` is below 1.
 
     >>> from lora_jax import lora
     >>> def fn(params, x):
@@ -237,6 +239,8 @@ def per_example(adapted: Callable[..., Any]) -> Callable[..., Any]:
     >>> per_example(lora(fn))(params, batch, x)[:, 0].tolist()
     [9.0, 9.0, 3.0]
     """
+    if rows is not None:
+        _check_rows("per_example", rows)
 
     @functools.wraps(adapted)
     def batched(
@@ -256,9 +260,23 @@ def per_example(adapted: Callable[..., Any]) -> Callable[..., Any]:
 
         size = jax.tree.leaves(dict(adapters))[0].shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, size)
-        return jax.vmap(one)(adapters, args, keys, active)
+        return _mapped(one, (adapters, args, keys, active), rows or 0, SERVED)
 
     return batched
+
+
+def _mapped(fn: Callable[..., Any], args: tuple[Any, ...], rows: int, most: int) -> Any:
+    """Return ``fn`` mapped over the leading axes, on a CPU only so many that ``most`` rows run."""
+    size = jax.tree.leaves(args)[0].shape[0]
+    at_once = max(most // rows, 1) if rows and jax.default_backend() == "cpu" else size
+    if at_once >= size:
+        return jax.vmap(fn)(*args)
+    return lax.map(lambda own: fn(*own), args, batch_size=at_once if at_once > 1 else None)
+
+
+def _check_rows(name: str, rows: int) -> None:
+    if rows < 1:
+        raise AdapterError(f"{name}: rows is {rows}, wanted 1 or more")
 
 
 def _stack_pairs(pairs: Sequence[Adapter]) -> Adapter:

@@ -31,6 +31,7 @@ from lora_jax import (
     unstack,
 )
 from lora_jax.adapter import a_shape, b_shape
+from lora_jax.many import SERVED
 from parity_tests import subjects
 from parity_tests.laws import loss, relative
 from parity_tests.subjects import Subject
@@ -145,8 +146,9 @@ def test_training_together_is_training_apart(subject):
             assert relative(unstack(trained)[k], alone) <= 1e-11
 
 
-def serve(subject, stacked, index, params, x):
-    return per_example(lora(subject.fn))(params, select(stacked, index, params), x)
+def serve(subject, stacked, index, params, x, rows=None):
+    run = per_example(lora(subject.fn), rows=rows)
+    return run(params, select(stacked, index, params), x)
 
 
 # The batch is the first axis of x and of the output.
@@ -154,12 +156,14 @@ BATCHED = [NAMED[name] for name in ("dense", "torch_layout", "heads_out", "two_t
 INDEX = np.array([2, 0, -1, 3, 1, -1, 0, 2, 3, 3, -1])
 
 
+@pytest.mark.parametrize("rows", [None, SERVED // 2, SERVED], ids="rows {}".format)
 @pytest.mark.parametrize("subject", BATCHED, ids=str)
-def test_each_example_gets_its_own_adapter_or_none(subject):
+def test_each_example_gets_its_own_adapter_or_none(subject, rows):
+    """All examples at once; two at a time, with one left over; one at a time."""
     with jax.enable_x64(True):
         params, x = subject.draw(np.float64)
         adapters = several(subject, np.float64)
-        got = jax.jit(partial(serve, subject))(stack(adapters), INDEX, params, x)
+        got = jax.jit(partial(serve, subject, rows=rows))(stack(adapters), INDEX, params, x)
         base = jax.jit(subject.fn)(params, x)
         for k, one in enumerate([*adapters, None]):
             at = INDEX == (k if one is not None else -1)
@@ -194,6 +198,10 @@ def test_examples_drop_their_own_inputs():
     out = fn(params, adapters, x, dropout_key=jax.random.key(0))[:, 0]
     assert len(set(out.tolist())) > 1
     np.testing.assert_array_equal(fn(params, adapters, x)[:, 0], np.full(4, 40.0))
+    for rows in (SERVED // 3, SERVED):
+        fewer = per_example(lora(lambda p, x: x @ p["w"]), rows=rows)
+        got = fewer(params, adapters, x, dropout_key=jax.random.key(0))[:, 0]
+        np.testing.assert_array_equal(got, out)
 
 
 # What the frozen weights cost: they are in no array once for each adapter.
@@ -406,5 +414,7 @@ def test_what_has_no_leading_axis_is_not_mapped_over(given):
 
 
 def test_no_rows_are_refused():
+    with pytest.raises(LoraError, match="per_example: rows is -1, wanted 1 or more"):
+        per_example(lora(lambda params, x: x), rows=-1)
     with pytest.raises(LoraError, match="map_adapters: rows is 0, wanted 1 or more"):
         map_adapters(lambda adapters: adapters, rows=0)

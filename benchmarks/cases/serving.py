@@ -82,7 +82,8 @@ def agreeing(many: int, sizes: Sizes) -> tuple[Pairs, ...]:
 
 def mixed(stacked: Any, index: jax.Array, params: Any, x: jax.Array) -> jax.Array:
     """Return the output of a batch whose rows have the adapters that the index names."""
-    return per_example(lora(model.forward))(params, select(stacked, index), x)
+    run = per_example(lora(model.forward), rows=x.shape[1])
+    return run(params, select(stacked, index), x)
 
 
 def mixed_work(work: Given) -> Work:
