@@ -55,20 +55,30 @@ def pytree(cls: type[T]) -> type[T]:
         return bool(rule(getattr(tree, name)) if callable(rule) else rule)
 
     def flatten(tree: T) -> tuple[list[Any], tuple[Any, ...]]:
-        # What JAX put in a leaf's place stays a leaf, a number too.
-        arrays = vars(tree).get("_arrays") or [n for n in static if not is_static(tree, n)]
-        rest = tuple((name, getattr(tree, name)) for name in static if name not in arrays)
-        keyed = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in arrays]
-        return keyed, (tuple(arrays), rest)
+        # Kept with the tree, as every call of a compiled function asks for it. What JAX put in a
+        # leaf's place stays a leaf, a number too.
+        aux = vars(tree).get("_aux")
+        if aux is None:
+            arrays = tuple(name for name in static if not is_static(tree, name))
+            rest = tuple((name, getattr(tree, name)) for name in static if name not in arrays)
+            aux = arrays, rest
+            object.__setattr__(tree, "_aux", aux)
+        values = vars(tree)
+        return [values[name] for name in aux[0]], aux
+
+    def flatten_with_keys(tree: T) -> tuple[list[Any], tuple[Any, ...]]:
+        leaves, aux = flatten(tree)
+        return [*zip(map(jax.tree_util.GetAttrKey, aux[0]), leaves, strict=True)], aux
 
     def unflatten(aux: tuple[Any, ...], leaves: Iterable[Any]) -> T:
         arrays, rest = aux
         tree = object.__new__(cls)
-        for name, value in [*zip(arrays, leaves, strict=True), *rest, ("_arrays", arrays)]:
-            object.__setattr__(tree, name, value)
+        # At once, as the class is frozen.
+        vars(tree).update(zip(arrays, leaves, strict=True), _aux=aux)
+        vars(tree).update(rest)
         return tree
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
 
 
