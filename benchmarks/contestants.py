@@ -62,16 +62,19 @@ def jax_settings() -> Mapping[str, str]:
 
 
 def torch_ready() -> Any:
-    """Return PyTorch, with as many threads as JAX has.
+    """Return PyTorch, with as many threads as JAX has, and new tensors on JAX's kind of device.
 
     Its threads would else be half of the logical cores on some machines; XLA takes them all.
 
     Raises:
         ImportError: it is not installed.
+        Unsupported: see ``torch_device``.
     """
     import torch
 
     torch.set_num_threads(cores())
+    if (device := torch_device()) != "cpu":
+        torch.set_default_device(device)
     return torch
 
 
@@ -91,10 +94,12 @@ def torch_device() -> str:
         ImportError: it is not installed.
         Unsupported: it has no such device, and a race between two kinds would say nothing.
     """
+    import torch
+
     backend = jax.default_backend()
     if backend == "cpu":
         return "cpu"
-    if backend == "gpu" and torch_ready().cuda.is_available():
+    if backend == "gpu" and torch.cuda.is_available():
         return "cuda"
     raise Unsupported(f"PyTorch has no {backend} here, which JAX runs on")
 
@@ -123,8 +128,9 @@ def torch_work(
 def torch_arrays(result: Any) -> Arrays:
     """Return a PyTorch result, a tensor or a mapping of tensors, as arrays."""
     named = result if isinstance(result, Mapping) else {"result": result}
-    return as_arrays({name: _on_host(value) for name, value in named.items()})
+    return as_arrays({name: on_host(value) for name, value in named.items()})
 
 
-def _on_host(value: Any) -> Any:
+def on_host(value: Any) -> Any:
+    """Return a tensor as a NumPy array in float64, anything else as it is."""
     return value.detach().double().cpu().numpy() if hasattr(value, "detach") else value

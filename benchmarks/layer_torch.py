@@ -75,8 +75,7 @@ def _linear(weight: np.ndarray, dtype: str) -> Any:
 
 def _placed(array: np.ndarray, dtype: str) -> Any:
     torch = torch_ready()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.tensor(array, dtype=getattr(torch, dtype), device=device)
+    return torch.tensor(array, dtype=getattr(torch, dtype))
 
 
 def _layer_work(

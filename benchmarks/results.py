@@ -1,4 +1,4 @@
-"""``RESULTS.md``: the tables of some runs and the log of what was tried, as Markdown."""
+"""``RESULTS.md``: goals, the tables of some runs, and the log of what was tried, as Markdown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from .attempts import Attempt
+from .goals import COMPILE, Outcome
 from .harness import Result
 from .limits import Limits
 from .report import Report
@@ -31,19 +32,55 @@ SHOWN = (
 )
 
 
-def to_markdown(reports: Sequence[Report], attempts: Sequence[Attempt], command: str) -> str:
+def to_markdown(
+    reports: Sequence[Report],
+    attempts: Sequence[Attempt],
+    outcomes: Sequence[Outcome],
+    command: str,
+) -> str:
     """Return the document.
 
     Args:
         reports: the runs, one section each.
         attempts: what was tried.
+        outcomes: what the runs say about the goals.
         command: the one that writes this.
     """
-    parts = [HEAD.format(command=command)]
+    parts = [HEAD.format(command=command), "## Goals", *_goals(outcomes)]
     for report in reports:
         parts += _run(report)
     parts += ["## What was tried", *_attempts(attempts)]
     return "\n\n".join(parts) + "\n"
+
+
+def _goals(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    yield (
+        "Ours over theirs, lower is better. A figure of a noisy run is shown as one, and counts "
+        "like the others."
+    )
+    yield _table(
+        ("goal", "at most", "median", "largest", "of", "verdict"),
+        [
+            (one.goal.what, f"{one.goal.most:g}{_unit(one)}", *_found(one), one.verdict)
+            for one in outcomes
+        ],
+    )
+
+
+def _found(outcome: Outcome) -> tuple[str, str, str]:
+    if not outcome.figures:
+        return "", "", ""
+    worst, unit = outcome.worst, _unit(outcome)
+    noisy = " (noisy)" if worst.noisy else ""
+    return (
+        f"{outcome.middle:.2f}{unit}",
+        f"{worst.value:.2f}{unit}{noisy}",
+        f"{worst.case}, {worst.contestant}",
+    )
+
+
+def _unit(outcome: Outcome) -> str:
+    return " s" if outcome.goal.measure == COMPILE else ""
 
 
 def _run(report: Report) -> Iterator[str]:

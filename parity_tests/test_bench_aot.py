@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import json
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 from rich.console import Console
 
 from benchmarks import __main__ as command
@@ -19,6 +21,7 @@ from benchmarks import contestants, limits, memory
 from benchmarks.aot import compiling, facts, hlo, model, step, targets
 from benchmarks.aot.facts import Facts, Memory, Request
 from benchmarks.case import BenchmarkError, Case, Contestant, Unsupported, Work
+from benchmarks.cases import decoder
 from benchmarks.commands import aot
 from benchmarks.commands import run as run_command
 from benchmarks.harness import Result, Timing
@@ -263,6 +266,24 @@ def test_what_is_trained_lies_in_parts_over_all_axes(full):
         assert np.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size / 4, leaf
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_products_are_of_bfloat16_and_what_is_trained_is_not(full):
+    """Every product reads bfloat16; gradients of what was summed in float32 come in that."""
+    ready = step.build(model.MODELS["tiny"], rank=4, rows=2, length=8, full=full)
+    closed = jax.make_jaxpr(ready.fn)(*ready.arguments)
+
+    def operands(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield tuple(v.aval.dtype.name for v in eqn.invars)
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from operands(inner)
+
+    found = collections.Counter(operands(closed.jaxpr))
+    assert set(found) == {("bfloat16", "bfloat16"), ("float32", "bfloat16")}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(ready.arguments[0])} == {"float32"}
+
+
 @pytest.mark.slow
 def test_a_step_compiles_for_virtual_devices_end_to_end(tmp_path):
     target = tmp_path / "out.json"
@@ -293,10 +314,10 @@ def test_lora_meets_every_linear_of_the_model():
     sizes = model.MODELS["tiny"]
     params = model.shapes(sizes)
     ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    config = step.LoraConfig(r=2, target_modules=model.TARGETS)
-    adapters = plan(model.decoder(sizes), params, config, ids).abstract()
-    assert {path.rpartition(".")[2] for path in adapters} == set(model.TARGETS)
-    logits = jax.eval_shape(lora(model.decoder(sizes)), params, adapters, ids)
+    config = step.LoraConfig(r=2, target_modules=decoder.TARGETS)
+    adapters = plan(model.logits(sizes), params, config, ids).abstract()
+    assert {path.rpartition(".")[2] for path in adapters} == set(decoder.TARGETS)
+    logits = jax.eval_shape(lora(model.logits(sizes)), params, adapters, ids)
     assert logits.shape == (2, 8, sizes.vocabulary)
 
 
@@ -362,14 +383,16 @@ def test_torch_runs_where_jax_does_or_not_at_all(backend, cuda, device, monkeypa
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     torch, waits = fake_torch(*cuda), []
     torch.cuda.synchronize = lambda: waits.append(1)
-    monkeypatch.setattr(contestants, "torch_ready", lambda: torch)
+    devices, torch.set_num_threads = [], lambda threads: None
+    torch.set_default_device = devices.append
+    monkeypatch.setitem(sys.modules, "torch", torch)
     if device is None:
         with pytest.raises(Unsupported, match=f"no {backend} here"):
             contestants.torch_work(lambda: 1.0)
         return
     assert contestants.torch_device() == device
     assert contestants.torch_work(lambda: 1.0).step() == 1.0
-    assert len(waits) == (device == "cuda")
+    assert len(waits) == (device == "cuda") and set(devices) == {device} - {"cpu"}
 
 
 def test_published_peaks_are_of_the_products_that_jax_computes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import io
 import re
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import attempts, compare, environment, plots, results, rows, series, stats
+from benchmarks import attempts, compare, environment, goals, plots, results, rows, series, stats
 from benchmarks.case import BenchmarkError
+from benchmarks.cases import CASES
 from benchmarks.commands.run import RunOptions
 from benchmarks.limits import Limits
 from benchmarks.page import to_html
@@ -315,13 +317,14 @@ why = "half the time"
 
 def test_results_are_tables_with_machine_command_and_versions():
     report = bench_reports.report()
-    text = results.to_markdown([report, report], (), "python -m benchmarks results a.json")
+    text = results.to_markdown([report, report], (), (), "python -m benchmarks results a.json")
     assert text.count("## A made-up processor, 2030-01-02 03:04 UTC") == 2
     assert text.count("    python -m benchmarks run --json a.json") == 2
     assert "Nothing is in the log yet" in text and "- torch: 1.2.3" in text
     assert r"skipped: \<b\>bold\</b\> & \[red\]text\[/red\] \| \`x\`" in text
     tables = [line for line in text.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {len(results.SHOWN) + 3}
+    columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in tables}
+    assert columns == {len(results.SHOWN) + 2, 6}, "the runs' tables and that of the goals"
     for row in rows.rows(report.results[0], report.limits):
         assert all(cell in text for cell in (row.contestant, row.verdict, row.cells[0]))
 
@@ -334,7 +337,7 @@ def test_what_was_tried_is_told_by_date():
     )
     found = attempts.parse(ENTRY + earlier)
     assert [one.kept for one in found] == [False, True]
-    text = results.to_markdown([], found, "c")
+    text = results.to_markdown([], found, (), "c")
     assert "| 2029-01-31 | merge | one \\| two | 2 s | 2.5 s | +25.0% | no |" in text
     assert text.index("2029") < text.index("| 2030-01-31")
     assert "2 s | 1 s | -50.0% | yes | half the time |" in text
@@ -359,6 +362,75 @@ def test_every_bad_attempt_is_named():
 
 def test_the_log_that_is_here_can_be_read():
     attempts.parse(attempts.FILE.read_text("utf-8"))
+
+
+GOAL = """
+[[goal]]
+what = "a layer over PEFT"
+cases = ["layer_*"]
+against = ["PEFT*"]
+most = 0.8
+"""
+
+
+def outcome(report, text=GOAL):
+    (found,) = goals.outcomes(goals.parse(text), [report])
+    return found
+
+
+def test_a_goal_is_missed_by_what_is_too_large():
+    """Ours takes 1/1.32 and 1/1.21 of the two, in each of five layers."""
+    found = outcome(bench_reports.report())
+    assert len(found.figures) == 10 and found.verdict == "missed in 5 of 10"
+    assert {one.contestant for one in found.missed} == {"PEFT compiled"} == {found.worst.contestant}
+    assert found.middle == pytest.approx((1 / 1.32 + 1 / 1.21) / 2, rel=0.02)
+    assert outcome(bench_reports.report(), GOAL + "middle = true").verdict == "reached"
+    slower = bench_reports.report(slower=1.2)
+    assert outcome(slower, GOAL + "middle = true").verdict == "missed"
+    assert outcome(slower).verdict == "missed in 10 of 10"
+    assert outcome(bench_reports.report(), GOAL.replace("layer_", "no_")).verdict == "not measured"
+    noisy = outcome(bench_reports.report(jitter=0.3))
+    assert any(one.noisy for one in noisy.figures)
+
+
+@pytest.mark.parametrize("measure", ["memory", "limit", "compile"])
+def test_other_measures_than_time(measure):
+    report = bench_reports.report()
+    first = report.results[0]
+    sizes = {"lora_jax": 300, "PEFT eager": 600}
+    timings = [
+        dataclasses.replace(one, peak_bytes=sizes.get(one.contestant), compile_seconds=2.5)
+        for one in first.timings
+    ]
+    report = dataclasses.replace(report, results=(dataclasses.replace(first, timings=timings),))
+    name = "PEFT*" if measure == "memory" else "lora_jax"
+    text = GOAL.replace("PEFT*", name) + f'measure = "{measure}"'
+    (figure,) = outcome(report, text).figures
+    share = rows.share(report.results[0], timings[0], report.limits)
+    assert figure.value == {"memory": 0.5, "limit": 1 / share, "compile": 2.5}[measure]
+
+
+def test_goals_are_told_first():
+    report = bench_reports.report()
+    text = results.to_markdown([report], (), [outcome(report)], "c")
+    assert re.search(
+        r"\| a layer over PEFT \| 0.8 \| 0.7\d \| 0.8\d \| .* \| missed in 5 of 10 \|", text
+    )
+    assert text.index("## Goals") < text.index("### ")
+    with pytest.raises(BenchmarkError, match="measure: got .*joy"):
+        goals.parse(GOAL + 'measure = "joy"')
+    with pytest.raises(BenchmarkError, match=r"goal 1: cases: got \[1\], wanted strings"):
+        goals.parse(GOAL.replace('["layer_*"]', "[1]"))
+
+
+def test_the_goals_that_are_here_name_cases_that_there_are():
+    known = {case.name: {one.name for one in case.contestants} for case in CASES.values()}
+    for goal in goals.parse(goals.FILE.read_text("utf-8")):
+        for pattern in goal.cases:
+            named = fnmatch.filter(known, pattern)
+            assert named, f"{goal.what}: no case is named {pattern}"
+            for one in goal.against:
+                assert fnmatch.filter(set().union(*(known[case] for case in named)), one), one
 
 
 def test_the_results_command_writes_the_file(files, capsys):

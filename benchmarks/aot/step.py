@@ -22,8 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax import LoraConfig, lora, plan
 
+from ..cases import decoder
+from ..cases.decoder import Layout, Sizes
 from . import model
-from .model import Layout, Sizes
 
 DATA, FSDP = "data", "fsdp"
 
@@ -64,8 +65,8 @@ def build(
         trained, frozen = model.shapes(sizes, jnp.float32), {}
     else:
         frozen = model.shapes(sizes)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=model.TARGETS)
-        trained = plan(model.decoder(sizes), frozen, config, ids).abstract()
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=decoder.TARGETS)
+        trained = plan(model.logits(sizes), frozen, config, ids).abstract()
     optimizer = optax.adam(1e-4)
     state = jax.eval_shape(optimizer.init, trained)
     fn = _step(sizes, layout, optimizer, full, mesh)
@@ -83,7 +84,7 @@ def build(
 def _step(
     sizes: Sizes, layout: Layout, optimizer: Any, full: bool, mesh: Mesh | None
 ) -> Callable[..., Any]:
-    forward = model.decoder(sizes, layout)
+    forward = model.logits(sizes, layout)
     adapted = lora(forward)
 
     def logits(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
@@ -94,7 +95,7 @@ def _step(
 
     def step(trained: Any, state: Any, frozen: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
         def loss(trained: Any) -> jax.Array:
-            return model.loss(logits(trained, frozen, ids), ids)
+            return decoder.loss(logits(trained, frozen, ids), ids)
 
         value, gradients = jax.value_and_grad(loss)(trained)
         if mesh is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,23 @@ KEPT = "kept"
 
 Params = Mapping[str, Any]
 Project = Callable[[str, jax.Array], jax.Array]
+Place = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where values lie while they are computed with; as they are, unless told.
+
+    Args:
+        weight: lays out a weight before it is used, such as gathered whole on every device.
+        rows: lays out activations, whose first axis are the sequences.
+    """
+
+    weight: Place = lambda x: x
+    rows: Place = lambda x: x
+
+
+AS_IT_IS = Layout()
 
 
 @dataclass(frozen=True)
@@ -78,19 +95,19 @@ def linears(sizes: Sizes) -> dict[str, tuple[int, int]]:
     return {**attention, "gate": (d, h), "up": (d, h), "down": (h, d)}
 
 
-def shapes(sizes: Sizes) -> dict[str, Any]:
-    """Return the parameters' shapes, in float32, the layers as a list."""
+def shapes(sizes: Sizes, dtype: Any = jnp.float32, *, stacked: bool = False) -> dict[str, Any]:
+    """Return the parameters' shapes, the layers as a list, or as the first axis of each weight."""
 
     def matrix(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    d = sizes.width
-    layer = {"norm1": matrix(d), "norm2": matrix(d)}
-    layer |= {name: matrix(*shape) for name, shape in linears(sizes).items()}
+    d, n = sizes.width, (sizes.layers,) * stacked
+    layer = {"norm1": matrix(*n, d), "norm2": matrix(*n, d)}
+    layer |= {name: matrix(*n, *shape) for name, shape in linears(sizes).items()}
     head = {} if sizes.tied else {"head": matrix(d, sizes.vocabulary)}
     return {
         "embedding": matrix(sizes.vocabulary, d),
-        "layers": [dict(layer) for _ in range(sizes.layers)],
+        "layers": layer if stacked else [dict(layer) for _ in range(sizes.layers)],
         "norm": matrix(d),
         **head,
     }
@@ -165,19 +182,33 @@ def by_hand(
     return forward
 
 
-def states(sizes: Sizes, params: Params, ids: jax.Array, *, remat: bool = False) -> jax.Array:
+def states(
+    sizes: Sizes,
+    params: Params,
+    ids: jax.Array,
+    *,
+    remat: Sequence[str] | None = None,
+    layout: Layout = AS_IT_IS,
+) -> jax.Array:
     """Return what the head multiplies, ``(rows, tokens, width)``: unrolled, or by a scan.
 
-    With ``remat`` what the linears give is kept for the gradients, and the rest computed again.
+    Args:
+        sizes: of the decoder.
+        params: its weights.
+        ids: ``(rows, tokens)``.
+        remat: the names of what is kept for the gradients, while the rest of a layer is computed
+            again: ``(KEPT,)`` is what the linears give. All is kept when None.
+        layout: of a layer's weights, and of what a layer gives.
     """
 
     def one(x: jax.Array, layer: Params) -> jax.Array:
-        return _layer(sizes, layer, lambda name, x: x @ layer[name], x)
+        layer = {name: layout.weight(weight) for name, weight in layer.items()}
+        return layout.rows(_layer(sizes, layer, lambda name, x: x @ layer[name], x))
 
-    x, layers = params["embedding"][ids], params["layers"]
+    x, layers = layout.rows(params["embedding"][ids]), params["layers"]
     scanned = isinstance(layers, Mapping)
-    if remat:
-        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
+    if remat is not None:
+        kept = jax.checkpoint_policies.save_only_these_names(*remat)
         one = jax.checkpoint(one, policy=kept, prevent_cse=not scanned)
     if scanned:
         x, _ = jax.lax.scan(lambda x, layer: (one(x, layer), None), x, layers)

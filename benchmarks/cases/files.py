@@ -25,7 +25,14 @@ import safetensors.numpy
 from lora_jax import Adapter, LoraConfig, Plan, load_pretrained, plan, save_pretrained
 
 from ..case import Arrays, Case, Contestant, Needed, Work
-from ..contestants import jax_settings, torch_ready, torch_settings, torch_work
+from ..contestants import (
+    jax_settings,
+    on_host,
+    torch_device,
+    torch_ready,
+    torch_settings,
+    torch_work,
+)
 from . import decoder
 
 R, TURNS = 16, 2
@@ -155,7 +162,7 @@ def peft_loading(sizes: Sizes, *, weights_alone: bool) -> Work:
     def step() -> Any:
         directory = next(turns)
         if weights_alone:
-            weights = peft.load_peft_weights(str(directory), device="cpu")
+            weights = peft.load_peft_weights(str(directory), device=torch_device())
             peft.set_peft_model_state_dict(models[0], weights)
         else:
             models.append(peft.PeftModel.from_pretrained(models.pop(), directory))
@@ -163,7 +170,7 @@ def peft_loading(sizes: Sizes, *, weights_alone: bool) -> Work:
 
     def read(model: Any) -> Arrays:
         state = peft.get_peft_model_state_dict(model)
-        return _wide({name: value.detach().numpy() for name, value in state.items()})
+        return _wide({name: on_host(value) for name, value in state.items()})
 
     _remove_with(step, scratch)
     return torch_work(step, read, prepare)
@@ -171,12 +178,12 @@ def peft_loading(sizes: Sizes, *, weights_alone: bool) -> Work:
 
 def torch_base(sizes: Sizes) -> Any:
     """Return a PyTorch module with these linears, and no values in their weights."""
-    torch = torch_ready()
+    torch, device = torch_ready(), torch_device()
 
     def layer() -> Any:
         return torch.nn.ModuleDict(
             {
-                name: torch.nn.Linear(*shape, bias=False, device="meta").to_empty(device="cpu")
+                name: torch.nn.Linear(*shape, bias=False, device="meta").to_empty(device=device)
                 for name, shape in sizes.linears.items()
             }
         )

@@ -18,7 +18,14 @@ import numpy as np
 from lora_jax import lora, map_adapters, rescale, stack
 
 from ..case import Arrays, Case, Contestant, Needed, Work
-from ..contestants import compiled, jax_settings, torch_ready, torch_settings, torch_work
+from ..contestants import (
+    compiled,
+    jax_settings,
+    on_host,
+    torch_ready,
+    torch_settings,
+    torch_work,
+)
 from . import stack as model
 from .stack import Pairs, Sizes
 
@@ -160,9 +167,7 @@ def peft_work(work: Given) -> Work:
         for path in work.adapters[0]:
             own = [model.peft_factors(run, path, "0") for run in runs]
             for name, factors in zip("ab", zip(*own, strict=True), strict=True):
-                found[f"{path}.{name}"] = np.stack(
-                    [factor.detach().double().numpy().T for factor in factors]
-                )
+                found[f"{path}.{name}"] = np.stack([on_host(factor).T for factor in factors])
         return found
 
     return torch_work(step, arrays)

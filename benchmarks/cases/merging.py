@@ -17,7 +17,14 @@ import numpy as np
 from lora_jax import merge, paths
 
 from ..case import Arrays, Case, Contestant, Needed, Work
-from ..contestants import compiled, jax_settings, torch_ready, torch_settings, torch_work
+from ..contestants import (
+    compiled,
+    jax_settings,
+    on_host,
+    torch_ready,
+    torch_settings,
+    torch_work,
+)
 from . import stack as model
 from .stack import Pairs, Sizes
 
@@ -68,7 +75,7 @@ def peft_merging(sizes: Sizes) -> Work:
 
     def read(merged: Any) -> Arrays:
         return {
-            f"{name.removesuffix('.weight')}.kernel": value.double().numpy().T
+            f"{name.removesuffix('.weight')}.kernel": on_host(value).T
             for name, value in merged.state_dict().items()
         }
 

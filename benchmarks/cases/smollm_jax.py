@@ -44,7 +44,7 @@ def model(sizes: Sizes, loss: Loss) -> Callable[[Params, jax.Array], jax.Array]:
     """Return ``fn(params, ids)``, the mean loss of each token's successor."""
 
     def fn(params: Params, ids: jax.Array) -> jax.Array:
-        states = decoder.states(sizes, params, ids, remat=True)
+        states = decoder.states(sizes, params, ids, remat=(decoder.KEPT,))
         return loss(states[:, :-1], params, ids[:, 1:])
 
     return fn

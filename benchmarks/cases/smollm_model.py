@@ -105,14 +105,7 @@ def in_jax(task: Task, *, scan: bool) -> Any:
 
 def shapes(task: Task, *, scan: bool) -> Any:
     """Return the shapes of ``in_jax``."""
-
-    def stacked(*leaves: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), task.dtype)
-
-    params = decoder.shapes(task.sizes)
-    if scan:
-        params = {**params, "layers": jax.tree.map(stacked, *params["layers"])}
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, task.dtype), params)
+    return decoder.shapes(task.sizes, task.dtype, stacked=scan)
 
 
 def planned(task: Task, *, scan: bool) -> Plan:

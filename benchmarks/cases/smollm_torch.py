@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..case import Arrays, Unsupported, Work
-from ..contestants import torch_arrays, torch_ready, torch_work
+from ..contestants import on_host, torch_arrays, torch_ready, torch_work
 from . import decoder, smollm_jax, smollm_model
 from .decoder import Params, Sizes
 from .smollm_model import LEARNING_RATE, MODULES, WEIGHT_DECAY, Task
@@ -56,7 +56,7 @@ def training(task: Task, *, compile: bool = False) -> Work:
         def by_linear(of: Callable[[Any], Any]) -> dict[tuple[str, str], np.ndarray]:
             return {
                 (name, part): np.stack(
-                    [of(p).detach().numpy().T for p in _parts(model, task.sizes, name, part)]
+                    [on_host(of(p)).T for p in _parts(model, task.sizes, name, part)]
                 )
                 for name in decoder.TARGETS
                 for part in ("a", "b")
@@ -66,7 +66,7 @@ def training(task: Task, *, compile: bool = False) -> Work:
             "adapters": by_linear(lambda p: p),
             "mean gradient": by_linear(lambda p: tuned.state[p]["exp_avg"]),
         }
-        return smollm_model.results(loss.detach().numpy(), trees)
+        return smollm_model.results(on_host(loss), trees)
 
     return torch_work(step, read)
 
@@ -148,7 +148,7 @@ def _compiled(model: Any) -> Any:
 def _batches(task: Task) -> Iterator[Any]:
     torch = torch_ready()
     return itertools.cycle(
-        [torch.from_numpy(ids).long() for ids in smollm_model.batches(task.sizes)]
+        [torch.tensor(ids, dtype=torch.long) for ids in smollm_model.batches(task.sizes)]
     )
 
 

@@ -95,8 +95,14 @@ def _families(jaxpr: core.Jaxpr, weights: Iterable[Any]) -> dict[int, tuple[int,
         if name in _STRUCTURE and not followed.isdisjoint(inputs):
             followed.update(eqn.outvars)
         elif name in _VIEWS and len(inputs) == len(eqn.invars) == 1:
-            view = (name, str(eqn.params), number.get(inputs[0], inputs[0]))
-            number[eqn.outvars[0]] = view
+            # Such a view is known by its shape and dtype.
+            seen: Any = eqn.outvars[0].aval
+            number[eqn.outvars[0]] = (
+                name,
+                seen.shape,
+                seen.dtype,
+                number.get(inputs[0], inputs[0]),
+            )
         elif name == "dot_general" and len(inputs) == 2 and inputs[1] in followed:
             x, (contract, batch) = inputs[0], eqn.params["dimension_numbers"]
             if x not in followed and len(contract[0]) == 1 and not batch[0]:
