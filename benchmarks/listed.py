@@ -38,7 +38,7 @@ def parse(text: str, kind: type[T], name: str) -> list[T]:
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
     ... class Run:
-    ...     steps: "float"
+    ...     steps: float
     >>> parse("[[run]]\nsteps = 3", Run, "run")
     [Run(steps=3)]
     """

@@ -14,7 +14,7 @@ from jax.extend import core
 from benchmarks import harness
 from benchmarks.cases import decoder, decoder_step, rewrite_trace
 from lora_jax import lora, plan
-from lora_jax.rewrite import runs
+from lora_jax.rewrite import runs, siblings
 from lora_jax.rewrite.frugality import compiled, count
 
 SIZES = decoder.Sizes(layers=2, width=24, hidden=40, heads=2, vocabulary=31, rows=1, tokens=7)
@@ -67,15 +67,25 @@ def operations(program):
     return Counter((shape.partition("{")[0], rest[0].partition("(")[0]) for shape, *rest in words)
 
 
-def test_the_compiled_step_is_the_one_by_hand():
+def test_the_compiled_step_is_the_one_by_hand(monkeypatch):
+    """But for what sharing x·A takes away, which the hand has not written."""
     ids = decoder.tokens(SIZES)
     arguments = (adapters_for(SIZES), decoder.shapes(SIZES), ids)
     ours, theirs = (
         decoder_step.gradient_step(make(SIZES))
         for make in (decoder_step.rewritten, decoder.by_hand)
     )
-    assert count(ours, *arguments) == count(theirs, *arguments)
-    assert operations(compiled(ours, *arguments)) == operations(compiled(theirs, *arguments))
+    wanted = count(theirs, *arguments)
+    assert count(ours, *arguments) < wanted
+    monkeypatch.setattr(siblings, "in_order", apart)
+    apart_from_each_other = decoder_step.gradient_step(decoder_step.rewritten(SIZES))
+    assert count(apart_from_each_other, *arguments) == wanted
+    programs = (compiled(fn, *arguments) for fn in (apart_from_each_other, theirs))
+    assert len({frozenset(operations(one).items()) for one in programs}) == 1
+
+
+def apart(jaxpr, weights):
+    return [siblings.Step(index, eqn) for index, eqn in enumerate(jaxpr.eqns)]
 
 
 def alike(one, two):
