@@ -32,6 +32,7 @@ class Goal:
             contestant's own time over the least that the machine needs, and ``compile`` the
             seconds of its compilation.
         middle: the median over cases and contestants is what counts, not each of them.
+        why: what a profile shows about a goal that is missed.
     """
 
     what: str
@@ -40,6 +41,7 @@ class Goal:
     most: float
     measure: str = TIME
     middle: bool = False
+    why: str = ""
 
 
 @dataclass(frozen=True)

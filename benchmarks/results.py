@@ -65,6 +65,13 @@ def _goals(outcomes: Sequence[Outcome]) -> Iterator[str]:
             for one in outcomes
         ],
     )
+    if reasons := {
+        one.goal.what: one.goal.why
+        for one in outcomes
+        if one.goal.why and one.verdict.startswith("missed")
+    }:
+        yield "Why they were missed; what was tried is at the end."
+        yield _list(reasons)
 
 
 def _found(outcome: Outcome) -> tuple[str, str, str]:

@@ -417,6 +417,11 @@ def test_goals_are_told_first():
         r"\| a layer over PEFT \| 0.8 \| 0.7\d \| 0.8\d \| .* \| missed in 5 of 10 \|", text
     )
     assert text.index("## Goals") < text.index("### ")
+    why = GOAL + 'why = "the sun"\n'
+    for most, told in (("0.8", 1), ("9.0", 0)):
+        found = outcome(report, why.replace("0.8", most))
+        said = results.to_markdown([report], (), [found], "c")
+        assert said.count("- a layer over PEFT: the sun") == told
     with pytest.raises(BenchmarkError, match="measure: got .*joy"):
         goals.parse(GOAL + 'measure = "joy"')
     with pytest.raises(BenchmarkError, match=r"goal 1: cases: got \[1\], wanted strings"):
