@@ -152,23 +152,23 @@ def _short_warmup(right: Any, learning_rate: Any, warmup: Any, *, total_steps: i
 
 LEARNING = (
     # merging
-    Mutant("merged twice", "W + 2ΔW", instead(lowrank, "merged", lambda f, w, ad: f(f(w, ad), ad))),
+    Mutant("merged twice", "W + 2ΔW", instead(changes, "merged", lambda f, w, ad: f(f(w, ad), ad))),
     Mutant(
         "merged in bfloat16",
         "ΔW is rounded before the sum",
-        instead(lowrank, "merged", _merged_in_bf16),
+        instead(changes, "merged", _merged_in_bf16),
     ),
     Mutant(
         "merged transposed",
         "Wᵀ's ΔW where it is square",
         instead(
-            lowrank, "delta", lambda f, ad: f(ad).T if ad.a.shape == ad.b.shape[::-1] else f(ad)
+            changes, "delta", lambda f, ad: f(ad).T if ad.a.shape == ad.b.shape[::-1] else f(ad)
         ),
     ),
     Mutant(
         "merged without scale",
         "W + AB",
-        instead(lowrank, "delta", lambda f, ad: f(replace(ad, scale=1.0))),
+        instead(changes, "delta", lambda f, ad: f(replace(ad, scale=1.0))),
     ),
     # files
     Mutant(

@@ -195,7 +195,7 @@ MODEL = (
     Mutant(
         "columns off by one",
         "a range of columns is moved by one",
-        instead(lowrank, "joined", _shifted_columns),
+        instead(changes, "joined", _shifted_columns),
     ),
     Mutant(
         "tied delta doubled",
@@ -253,19 +253,19 @@ MODEL = (
         "norm over all axes",
         "one norm for all outputs",
         instead(
-            lowrank, "dora_norm", lambda f, w, ad: jnp.sqrt(jnp.mean(f(w, ad) ** 2)) + 0 * f(w, ad)
+            changes, "dora_norm", lambda f, w, ad: jnp.sqrt(jnp.mean(f(w, ad) ** 2)) + 0 * f(w, ad)
         ),
     ),
-    Mutant("norm not detached", "‖W + sAB‖ gets a gradient", instead(lowrank, "gain", _undetached)),
+    Mutant("norm not detached", "‖W + sAB‖ gets a gradient", instead(changes, "gain", _undetached)),
     Mutant(
         "norm of W alone",
         "‖W‖ for ‖W + sAB‖",
-        instead(lowrank, "dora_norm", lambda f, w, ad: f(w, replace(ad, b=0 * ad.b))),
+        instead(changes, "dora_norm", lambda f, w, ad: f(w, replace(ad, b=0 * ad.b))),
     ),
     Mutant(
         "norm not squared",
         "m/√‖V‖ for m/‖V‖",
-        instead(lowrank, "dora_norm", lambda f, w, ad: jnp.sqrt(f(w, ad))),
+        instead(changes, "dora_norm", lambda f, w, ad: jnp.sqrt(f(w, ad))),
     ),
     # what cannot be seen
     Mutant(
@@ -277,7 +277,7 @@ MODEL = (
     Mutant(
         "norm detached twice",
         "a second stop_gradient",
-        instead(lowrank, "dora_norm", lambda f, w, ad: _stop(f(w, ad))),
+        instead(changes, "dora_norm", lambda f, w, ad: _stop(f(w, ad))),
         equivalent="the norm is a constant already",
     ),
 )
