@@ -125,10 +125,6 @@ def drawn(fn, params, **fields):
     return adapters, x
 
 
-def apart(jaxpr, weights):
-    return [siblings.Step(index, eqn) for index, eqn in enumerate(jaxpr.eqns)]
-
-
 @pytest.fixture(autouse=True)
 def precise(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -174,7 +170,7 @@ def products(fn, params, adapters, x, **options):
 def test_they_share_and_nothing_else_changes(name, monkeypatch):
     fn, params, adapters, x, wanted = given(name)
     shared, count = values(fn, params, adapters, x), products(fn, params, adapters, x)
-    monkeypatch.setattr(siblings, "in_order", apart)
+    monkeypatch.setattr(siblings, "in_order", siblings.as_written)
     agree(shared, values(fn, params, adapters, x))
     assert (count, products(fn, params, adapters, x)) == (wanted, 3)
 
@@ -186,7 +182,7 @@ def test_dropout_draws_what_it_drew(name, monkeypatch):
     shared = values(fn, params, adapters, x, dropout_key=key)
     assert products(fn, params, adapters, x, dropout_key=key) == 3
     assert products(fn, params, adapters, x) == wanted
-    monkeypatch.setattr(siblings, "in_order", apart)
+    monkeypatch.setattr(siblings, "in_order", siblings.as_written)
     agree(shared, values(fn, params, adapters, x, dropout_key=key))
 
 
@@ -200,12 +196,12 @@ def test_what_an_adapter_does_not_see_alike_is_not_shared(monkeypatch):
     wide = {**adapters, "k": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapters["k"])}
     assert products(fn, params, wide, x) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(siblings, "in_order", apart)
+        patch.setattr(siblings, "in_order", siblings.as_written)
         alone = values(fn, params, wide, x)
     agree(values(fn, params, wide, x), alone)
     dora = given("transposed", use_dora=True)[:4]
     count = products(*dora)
-    monkeypatch.setattr(siblings, "in_order", apart)
+    monkeypatch.setattr(siblings, "in_order", siblings.as_written)
     assert count == products(*dora)
 
 
@@ -218,7 +214,7 @@ def test_what_uses_a_weight_the_other_way_has_an_input_of_its_own(monkeypatch):
     params = {name: jnp.ones((IN, IN)) for name in "qkv"}
     adapters, x = drawn(fn, params)
     count, shared = products(fn, params, adapters, x), values(fn, params, adapters, x)
-    monkeypatch.setattr(siblings, "in_order", apart)
+    monkeypatch.setattr(siblings, "in_order", siblings.as_written)
     agree(shared, values(fn, params, adapters, x))
     assert (count, products(fn, params, adapters, x)) == (3, 4)
 

@@ -47,11 +47,16 @@ def in_order(jaxpr: core.Jaxpr, weights: Iterable[Any]) -> list[Step]:
     """
     families = _families(jaxpr, weights) if jax.device_count() == 1 else {}
     if not families:
-        return [Step(index, eqn) for index, eqn in enumerate(jaxpr.eqns)]
+        return as_written(jaxpr)
     order = _Order(jaxpr)
     for index in range(len(jaxpr.eqns)):
         order.add(index, families.get(index, ()))
     return order.steps
+
+
+def as_written(jaxpr: core.Jaxpr, weights: Iterable[Any] = ()) -> list[Step]:
+    """Return the jaxpr's equations in their author's order, each by itself."""
+    return [Step(index, eqn) for index, eqn in enumerate(jaxpr.eqns)]
 
 
 def share(
