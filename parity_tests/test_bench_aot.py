@@ -322,6 +322,21 @@ def test_lora_meets_every_linear_of_the_model():
     assert logits.shape == (2, 8, sizes.vocabulary)
 
 
+def test_every_weight_and_what_every_layer_gives_is_laid_out():
+    sizes, weights, rows = model.MODELS["tiny"], [], []
+    params = model.shapes(sizes)
+
+    def seen(places):
+        return lambda value: places.append(value.shape) or value
+
+    layout = decoder.Layout(seen(weights), seen(rows))
+    ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    jax.eval_shape(model.logits(sizes, layout), params, ids)
+    layers = [leaf.shape[1:] for leaf in params["layers"].values()]
+    assert sorted(weights) == sorted([params["embedding"].shape, *layers])
+    assert rows == [(2, 8, sizes.width)] * 2 + [(2, 8, sizes.vocabulary)]
+
+
 @dataclasses.dataclass
 class FakeDevice:
     peak: int | None
