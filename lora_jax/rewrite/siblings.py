@@ -15,7 +15,7 @@ import jax
 from jax.extend import core
 
 from .. import lowrank
-from ..adapter import Adapter
+from ..adapter import IN, OUT, Adapter
 from .weight import LoraWeight, adapter_at
 
 # What a weight goes through on its way without meeting data.
@@ -87,7 +87,7 @@ def share(
 def _is_plain(eqn: core.JaxprEqn, adapter: Adapter) -> bool:
     (_, (axis,)), _ = eqn.params["dimension_numbers"]
     others = adapter.axes[:axis] + adapter.axes[axis + 1 :]
-    return adapter.axes[axis] == "i" and set(others) == {"o"}
+    return adapter.axes[axis] == IN and set(others) == {OUT}
 
 
 def _families(jaxpr: core.Jaxpr, weights: Iterable[Any]) -> dict[int, tuple[int, ...]]:
