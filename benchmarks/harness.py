@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from . import checking, environment
+from . import checking, environment, turns
 from .case import Arrays, BenchmarkError, Case, Contestant, Needed, Unsupported, Work
+from .turns import Clock
 
 Progress = Callable[[str], None]
-Clock = Callable[[], float]
-
-# A series shorter than this has no interval for its median, see ``stats.interval``.
-# Seconds until the threads of another library are asleep, and the most steps that pass them.
-SETTLED, MOST_UNTIMED = 0.02, 20
-
-FEWEST_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,7 @@ class Timing:
         setup_seconds: building, without compiling and without the first step.
         compile_seconds: compiling ahead of time, where it does.
         first_seconds: the first step, which compiles for those who do not ahead of time.
-        seconds: of each timed step, in order.
+        seconds: of a step in each round, in order.
         flops: of a step, as its program counts them; none where that is unknown.
         peak_bytes: the most memory of a process that does this alone; none where not measured.
         base_bytes: what that process had before it set up: the libraries.
@@ -98,14 +91,14 @@ def run(
     elsewhere: Callable[[], float | None] = environment.elsewhere,
     progress: Progress = lambda phase: None,
 ) -> Result:
-    """Check the contestants for equal results, then time them in turns: A B A B.
+    """Check the contestants for equal results, then time them in turns, see ``turns.order``.
 
     A contestant whose library is missing, or that says that it cannot, is left out, with its
     reason in the result; the first one must take part.
 
     Args:
         case: what is run.
-        seconds: stop timing after this long, though not before ``FEWEST_ROUNDS`` rounds.
+        seconds: stop timing after this long, though not before ``turns.FEWEST_ROUNDS`` rounds.
         clock: in seconds.
         elsewhere: the CPU seconds that other processes have used.
         progress: called after each step with what it was for.
@@ -116,11 +109,12 @@ def run(
     """
     ready, skipped = _prepare_all(case, clock, progress)
     difference = checking.difference(case, {r.contestant.name: r.results for r in ready})
-    _take_turns(ready, case.warm_up, clock, lambda: progress(f"{case.name}: warming up"))
+    works = [(one.contestant.name, one.work) for one in ready]
+    turns.take(works, case.warm_up, lambda: progress(f"{case.name}: warming up"), clock=clock)
     start, used = clock(), elsewhere()
     last = None if seconds is None else start + seconds
-    series = _take_turns(
-        ready, case.rounds, clock, lambda: progress(f"{case.name}: timing"), last=last
+    series = turns.take(
+        works, case.rounds, lambda: progress(f"{case.name}: timing"), clock=clock, last=last
     )
     wall, used_then = clock() - start, elsewhere()
     return Result(
@@ -136,47 +130,6 @@ def run(
         case.group,
         skipped,
     )
-
-
-def _take_turns(
-    ready: Sequence[_Ready],
-    rounds: int,
-    clock: Clock,
-    progress: Callable[[], None],
-    *,
-    last: float | None = None,
-) -> list[tuple[float, ...]]:
-    """Return the seconds of each contestant's steps, taken A B A B until the ``last`` moment.
-
-    Where steps are short a turn takes untimed ones before the timed one: a library's threads wait
-    actively for some milliseconds after a step, and take the processor from the next contestant.
-    """
-    seconds: list[list[float]] = [[] for _ in ready]
-    for n in range(rounds):
-        if last is not None and n >= FEWEST_ROUNDS and clock() > last:
-            break
-        untimed = _untimed(seconds)
-        for one, series in zip(ready, seconds, strict=True):
-            for _ in range(untimed):
-                one.work.prepare()
-                one.work.step()
-            one.work.prepare()
-            start = clock()
-            result = one.work.step()
-            series.append(clock() - start)
-            # Reading a large array would push the next contestant's out of the cache.
-            if isinstance(result, float) or n + 1 == rounds:
-                checking.require_finite(one.contestant.name, one.work.read(result))
-            progress()
-    return [tuple(series) for series in seconds]
-
-
-def _untimed(seconds: Sequence[Sequence[float]]) -> int:
-    """Return how many steps come before a timed one: as many for every contestant."""
-    last = [series[-1] for series in seconds if series]
-    if not last or max(last) > SETTLED:
-        return 0
-    return min(math.ceil(SETTLED / max(min(last), SETTLED / MOST_UNTIMED)), MOST_UNTIMED)
 
 
 def _prepare_all(
