@@ -46,6 +46,8 @@ class Work:
         flops: of a step as its own program counts them, every step of a scan counted; none where
             that is unknown.
         prepare: run before each step, outside the clock: what the step uses up or leaves behind.
+        program: returns the text of the compiled program, which says what a profile's names are;
+            none where it is not known.
     """
 
     step: Callable[[], Any]
@@ -53,6 +55,7 @@ class Work:
     compile_seconds: float | None = None
     flops: int | None = None
     prepare: Callable[[], Any] = _nothing
+    program: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)

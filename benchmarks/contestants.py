@@ -20,9 +20,15 @@ from .environment import cores
 class Compiled:
     """A JAX function compiled for some arguments, what that took, and the FLOPs of a call."""
 
-    call: Callable[..., Any]
+    call: Any
     seconds: float
     flops: int
+
+    def work(
+        self, step: Callable[[], Any], read: Callable[[Any], Arrays] = as_arrays, *, calls: int = 1
+    ) -> Work:
+        """Return the work of a step that calls it this often."""
+        return Work(step, read, self.seconds, calls * self.flops, program=self.call.as_text)
 
 
 def compiled(fn: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Compiled:
@@ -48,7 +54,7 @@ def jax_work(fn: Callable[..., Any], *args: Any, read: Callable[[Any], Arrays] =
     def step() -> Any:
         return jax.block_until_ready(program.call(*args))
 
-    return Work(step, read, program.seconds, program.flops)
+    return program.work(step, read)
 
 
 def jax_settings() -> Mapping[str, str]:

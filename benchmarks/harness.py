@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from . import checking, environment, turns
+from . import checking, environment, profiling, turns
 from .case import Arrays, BenchmarkError, Case, Contestant, Needed, Unsupported, Work
+from .profiling import Operation
 from .turns import Clock
 
 Progress = Callable[[str], None]
@@ -60,6 +61,7 @@ class Result:
         sizes: as the case has them.
         group: likewise.
         skipped: contestants that did not take part, and why.
+        profile: what our own step does, see ``profiling``; empty where it was not asked for.
     """
 
     case: str
@@ -73,6 +75,7 @@ class Result:
     sizes: Mapping[str, int] = field(default_factory=dict)
     group: str = ""
     skipped: Mapping[str, str] = field(default_factory=dict)
+    profile: tuple[Operation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def run(
     case: Case,
     *,
     seconds: float | None = None,
+    profiled: bool = False,
     clock: Clock = time.perf_counter,
     elsewhere: Callable[[], float | None] = environment.elsewhere,
     progress: Progress = lambda phase: None,
@@ -99,6 +103,7 @@ def run(
     Args:
         case: what is run.
         seconds: stop timing after this long, though not before ``turns.FEWEST_ROUNDS`` rounds.
+        profiled: profile our own step afterwards.
         clock: in seconds.
         elsewhere: the CPU seconds that other processes have used.
         progress: called after each step with what it was for.
@@ -129,6 +134,7 @@ def run(
         case.sizes,
         case.group,
         skipped,
+        profiling.profile(ready[0].work) if profiled else (),
     )
 
 

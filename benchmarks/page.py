@@ -14,7 +14,7 @@ from .case import BenchmarkError
 from .harness import Result
 from .plots import DARK, LIGHT, Picture, pictures
 from .report import Report
-from .rows import HEADINGS, Row, checked, facts, rows, stated
+from .rows import HEADINGS, PROFILE, Row, checked, facts, operations, rows, stated
 from .series import contestants
 
 TEMPLATE = "report.html.jinja"
@@ -61,6 +61,7 @@ def to_html(report: Report) -> str:
         tiles=_tiles(report, counts),
         meanings=MEANINGS,
         headings=HEADINGS,
+        profile=PROFILE,
         others=contestants(report)[1:] + _never_timed(report),
         cases=[_case(result, found[result.case]) for result in results],
         plots=_plots(report),
@@ -95,6 +96,7 @@ def _case(result: Result, found: Sequence[Row]) -> dict[str, Any]:
         "rows": found,
         "cells": {row.contestant: _cell(row) for row in found if row.word},
         "checked": checked(result),
+        "operations": operations(result),
         "figures": ", ".join(
             f"{count} {word}" for word, count in Counter(r.word for r in found if r.word).items()
         ),

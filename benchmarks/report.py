@@ -10,6 +10,7 @@ from typing import Any
 from .case import BenchmarkError, Needed
 from .harness import Result, Timing
 from .limits import Limits
+from .profiling import Operation
 from .stats import Comparison, compare, spread
 
 SCHEMA = 2
@@ -96,4 +97,6 @@ def _result(fields: Mapping[str, Any]) -> Result:
         Timing(**timing | {"seconds": tuple(timing["seconds"])}) for timing in fields["timings"]
     )
     raw = {name: value for name, value in fields.items() if name not in ("summary", "timings")}
-    return Result(**raw | {"timings": timings, "needed": Needed(**fields["needed"])})
+    profile = tuple(Operation(**one) for one in fields.get("profile", ()))
+    needed = Needed(**fields["needed"])
+    return Result(**raw | {"timings": timings, "needed": needed, "profile": profile})

@@ -10,7 +10,7 @@ from .goals import COMPILE, Outcome
 from .harness import Result
 from .limits import Limits
 from .report import Report
-from .rows import HEADINGS, checked, facts, rows, stated
+from .rows import HEADINGS, PROFILE, checked, facts, operations, rows, stated
 
 HEAD = """# Results of the benchmarks
 
@@ -120,6 +120,12 @@ def _case(result: Result, limits: Limits | None) -> Iterator[str]:
         for row in found
     ]
     yield _table(("contestant", *SHOWN, "verdict"), cells)
+    if result.profile:
+        yield (
+            f"What {result.timings[0].contestant} does in a step, profiled after the timing; "
+            "several may run at once:"
+        )
+        yield _table(PROFILE, operations(result))
 
 
 def _attempts(attempts: Sequence[Attempt]) -> Iterator[str]:

@@ -22,6 +22,11 @@ HEADINGS = (
     "ratio (middle half)",
 )
 
+PROFILE = ("operation", "result = operands", "in a step", "time in a step")
+
+# So many rows of a profile are shown.
+OPERATIONS = 12
+
 
 @dataclass(frozen=True)
 class Row:
@@ -72,6 +77,16 @@ def share(result: Result, timing: Timing, limits: Limits | None) -> float | None
     """Return the share of the limit that a contestant reaches; none where it is not known."""
     least = 0.0 if limits is None else limits.least(result.needed)
     return least / spread(timing.seconds).median if least else None
+
+
+def operations(result: Result) -> list[tuple[str, ...]]:
+    """Return the profile's longest operations as rows, the shortest of them together."""
+    longest, rest = result.profile[:OPERATIONS], result.profile[OPERATIONS:]
+    found = [(one.kind, one.shapes, f"{one.count:g}", clock(one.seconds)) for one in longest]
+    if rest:
+        seconds = clock(sum(one.seconds for one in rest))
+        found.append(("others", "", f"{sum(one.count for one in rest):g}", seconds))
+    return found
 
 
 def facts(report: Report) -> dict[str, str]:

@@ -12,7 +12,7 @@ from .growth import Found, Slope, growths
 from .harness import Result
 from .limits import Limits
 from .report import Report
-from .rows import HEADINGS, checked, facts, rows
+from .rows import HEADINGS, PROFILE, checked, facts, operations, rows
 from .stats import CONFIDENCE
 
 
@@ -45,9 +45,20 @@ def _render(result: Result, limits: Limits | None) -> Iterator[Table | str]:
     for row in found:
         if row.skipped:
             yield f"{row.contestant} skipped: {row.skipped}"
+    if result.profile:
+        yield _profile(result)
     for timing in result.timings:
         said = {**timing.versions, **timing.settings}
         yield f"{timing.contestant}: {', '.join(f'{k} {v}' for k, v in said.items())}"
+
+
+def _profile(result: Result) -> Table:
+    table = Table(title=f"what {result.timings[0].contestant} does", title_justify="left")
+    for heading in PROFILE:
+        table.add_column(heading)
+    for row in operations(result):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _growth(found: Sequence[Found]) -> Table:

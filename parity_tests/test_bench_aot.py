@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import contestants, limits, memory
-from benchmarks.aot import compiling, facts, hlo, model, step, targets
+from benchmarks.aot import collectives, compiling, facts, model, step, targets
 from benchmarks.aot.facts import Facts, Memory, Request
 from benchmarks.case import BenchmarkError, Case, Contestant, Unsupported, Work
 from benchmarks.cases import decoder
@@ -133,25 +133,25 @@ TRIPS = 'backend_config={"known_trip_count":{"n":"3"},"dynamic_variables":[]}'
 
 
 def test_collectives_are_counted_by_channel_and_by_the_steps_of_loops():
-    found, notes = hlo.collectives(LOOP.replace("TRIPS", TRIPS))
+    found, notes = collectives.collectives(LOOP.replace("TRIPS", TRIPS))
     gathered = 15 * 32 * 64 * 2 + 64 * 4
     assert found == [
-        hlo.Collective("all-gather", 15 + 1, gathered),
-        hlo.Collective("all-reduce", 1, 16 * 4),
-        hlo.Collective("reduce-scatter", 1, 32 * 64 * 2),
+        collectives.Collective("all-gather", 15 + 1, gathered),
+        collectives.Collective("all-reduce", 1, 16 * 4),
+        collectives.Collective("reduce-scatter", 1, 32 * 64 * 2),
     ]
     assert not notes
 
 
 def test_a_loop_that_states_no_steps_is_counted_once_and_said_so():
-    found, notes = hlo.collectives(LOOP.replace("TRIPS", "metadata={}"))
+    found, notes = collectives.collectives(LOOP.replace("TRIPS", "metadata={}"))
     assert found[0].count == 5 + 1
     assert len(notes) == 1 and "does not state" in notes[0]
 
 
 def test_a_program_without_collectives_has_none():
     program = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text()
-    assert hlo.collectives(program) == ([], ())
+    assert collectives.collectives(program) == ([], ())
 
 
 REQUEST = Request("v5e:2x2", "tiny", 64, 32, 4, False, None, "O0")
@@ -190,7 +190,9 @@ def test_what_the_compiler_refuses_does_not_fit(message):
 
 def test_facts_go_through_json():
     found = dataclasses.replace(
-        FACTS, memory=Memory(1, 2, 2, 3, 5), collectives=(hlo.Collective("all-gather", 2, 8),)
+        FACTS,
+        memory=Memory(1, 2, 2, 3, 5),
+        collectives=(collectives.Collective("all-gather", 2, 8),),
     )
     fields = json.loads(json.dumps(facts.to_json(found)))
     assert fields["label"] == facts.LABEL and fields["fits"] is True

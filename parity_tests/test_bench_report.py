@@ -438,6 +438,13 @@ def test_the_goals_that_are_here_name_cases_that_there_are():
                 assert fnmatch.filter(set().union(*(known[case] for case in named)), one), one
 
 
+def test_what_misses_a_goal_is_explained_and_was_tried_three_times():
+    log = attempts.parse(attempts.FILE.read_text("utf-8"))
+    for goal in goals.parse(goals.FILE.read_text("utf-8")):
+        tried = [one for one in log if any(fnmatch.fnmatchcase(one.case, p) for p in goal.cases)]
+        assert not goal.why or len(tried) >= 3, f"{goal.what}: {len(tried)} attempts"
+
+
 def test_the_results_command_writes_the_file(files, capsys):
     log, out = files / "attempts.toml", files / "RESULTS.md"
     log.write_text(ENTRY)

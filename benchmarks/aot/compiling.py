@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..case import BenchmarkError
-from . import facts, hlo, targets
+from . import collectives, facts, targets
 from .facts import Facts, Memory, Request
 
 
@@ -76,7 +76,7 @@ def compile_here(request: Request) -> Facts:
         if found is None:
             raise
         return replace(known, needed=found[0], available=found[1])
-    moved, unread = hlo.collectives(program.as_text() or "")
+    moved, unread = collectives.collectives(program.as_text() or "")
     return replace(
         known,
         memory=_memory(program.memory_analysis(), states_peak=target.platform != "cpu"),

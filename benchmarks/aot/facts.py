@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Group
 from rich.table import Table
 
-from .hlo import Collective
+from .collectives import Collective
 
 LABEL = "compile-time facts, not measurements: nothing ran"
 GIB = 2**30

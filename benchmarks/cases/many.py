@@ -105,7 +105,7 @@ def stacked_work(step: Any, work: Given) -> Work:
         )
         return losses, adapters
 
-    return Work(run, read, program.seconds, program.flops)
+    return program.work(run, read)
 
 
 def read(trained: Trained) -> Arrays:
@@ -138,7 +138,7 @@ def apart_work(work: Given) -> Work:
     def arrays(losses: Sequence[jax.Array]) -> Arrays:
         return read((jnp.stack(losses), jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)))
 
-    return Work(run, arrays, program.seconds, len(runs) * program.flops)
+    return program.work(run, arrays, calls=len(runs))
 
 
 def peft_work(work: Given) -> Work:

@@ -55,7 +55,7 @@ def jax_merging(fn: Callable[[Any, Pairs], Any], sizes: Sizes) -> Work:
     def step() -> Any:
         return jax.block_until_ready(program.call(params, next(turns)))
 
-    return Work(step, _read, program.seconds, program.flops)
+    return program.work(step, _read)
 
 
 def peft_merging(sizes: Sizes) -> Work:

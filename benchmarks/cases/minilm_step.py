@@ -78,7 +78,7 @@ def ours() -> Work:
     """Return the step of ``lora_jax.train``, on the rewritten model."""
     work = given()
     tx = optimizer(LEARNING_RATE, WEIGHT_DECAY, 0.0, CLIP, total_steps=TOTAL_STEPS)
-    train = make_step(lora(work.classifier.apply), tx)
+    train: Any = make_step(lora(work.classifier.apply), tx)
     state = start(tx, work.adapters)
     batches = itertools.cycle(work.batches)
 
@@ -88,7 +88,10 @@ def ours() -> Work:
         jax.block_until_ready(state)
         return float(metrics.loss)
 
-    return Work(step)
+    def program() -> str:
+        return train.lower(state, work.classifier.params, work.batches[0]).compile().as_text()
+
+    return Work(step, program=program)
 
 
 def theirs() -> Work:

@@ -96,7 +96,7 @@ def mixed_work(work: Given) -> Work:
         x, index = next(turns)
         return jax.block_until_ready(program.call(stacked, index, work.params, x))
 
-    return Work(step, compile_seconds=program.seconds, flops=program.flops)
+    return program.work(step)
 
 
 def one_work(work: Given) -> Work:
@@ -107,7 +107,7 @@ def one_work(work: Given) -> Work:
     def step() -> jax.Array:
         return jax.block_until_ready(program.call(work.params, work.adapters[0], next(turns)))
 
-    return Work(step, compile_seconds=program.seconds, flops=program.flops)
+    return program.work(step)
 
 
 def rows_work(work: Given) -> Work:
@@ -130,7 +130,7 @@ def rows_work(work: Given) -> Work:
     def read(outs: list[jax.Array]) -> dict[str, np.ndarray]:
         return {"result": np.asarray(jnp.concatenate(outs), np.float64)}
 
-    return Work(step, read, program.seconds, len(split[0]) * program.flops)
+    return program.work(step, read, calls=len(split[0]))
 
 
 def peft_work(work: Given) -> Work:

@@ -96,7 +96,7 @@ def training(task: Task, *, scan: bool, loss: Loss = by_parts) -> Work:
             value, {kind: smollm_model.by_linear(tree) for kind, tree in trees.items()}
         )
 
-    return Work(step, read, program.seconds, program.flops)
+    return program.work(step, read)
 
 
 def forward(task: Task, *, scan: bool) -> Work:
@@ -108,7 +108,7 @@ def forward(task: Task, *, scan: bool) -> Work:
     def step() -> jax.Array:
         return jax.block_until_ready(program.call(params, adapters, next(ids)))
 
-    return Work(step, lambda logits: as_arrays(logits[:, -1]), program.seconds, program.flops)
+    return program.work(step, lambda logits: as_arrays(logits[:, -1]))
 
 
 def full(task: Task, *, loss: Loss = by_parts) -> Work:
@@ -122,7 +122,7 @@ def full(task: Task, *, loss: Loss = by_parts) -> Work:
         trained, state, value = jax.block_until_ready(program.call(trained, state, next(ids)))
         return value
 
-    return Work(step, compile_seconds=program.seconds, flops=program.flops)
+    return program.work(step)
 
 
 def merged(task: Task) -> Any:

@@ -35,6 +35,7 @@ class RunOptions:
         against: which other contestants, patterns such as `PEFT*`; all when not given.
         rounds: timed steps of each contestant; the case's own number when not given.
         seconds: stop timing a case after this long, though not before six rounds.
+        profile: also tell what XLA's instructions take in our own step.
         memory: also run each contestant alone, in a process of its own, for its peak memory;
             not on TPUs, which serve one process at a time.
         json: also write every figure to this file.
@@ -44,6 +45,7 @@ class RunOptions:
     against: tuple[str, ...] = ("*",)
     rounds: int | None = None
     seconds: float | None = None
+    profile: bool = False
     memory: bool = True
     json: Path | None = None
 
@@ -83,7 +85,7 @@ def measure(options: RunOptions) -> Report:
 
         for n, case in enumerate(chosen, 1):
             try:
-                result = run(case, seconds=options.seconds, progress=show)
+                result = run(case, seconds=options.seconds, profiled=options.profile, progress=show)
                 results.append(_with_memory(case, result, show) if options.memory else result)
             except BenchmarkError as error:
                 failed[case.name] = str(error)

@@ -10,7 +10,9 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from ..hlo import Instruction, Program, parse
 
 KINDS = (
     "all-gather",
@@ -22,10 +24,6 @@ KINDS = (
     "reduce-scatter",
 )
 
-_HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
-_CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)")
-_CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
@@ -46,20 +44,6 @@ class Collective:
     bytes: int
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    opcode: str
-    rest: str
-
-
-@dataclass
-class _Program:
-    entry: str = ""
-    computations: dict[str, list[_Instruction]] = field(default_factory=dict)
-
-
 def collectives(text: str) -> tuple[list[Collective], tuple[str, ...]]:
     """Return the collectives of a program by kind, and notes on what could not be read.
 
@@ -73,7 +57,7 @@ def collectives(text: str) -> tuple[list[Collective], tuple[str, ...]]:
     >>> collectives(program)
     ([Collective(kind='all-gather', count=1, bytes=32)], ())
     """
-    program, notes = _parse(text), set[str]()
+    program, notes = parse(text), set[str]()
     runs = _runs(program, notes)
     # By channel, as clones of one collective share it; without a channel each is its own.
     found: dict[tuple[str, str], tuple[int, int]] = {}
@@ -108,19 +92,7 @@ def _sizes(type_: str) -> Iterator[int]:
         yield math.ceil(bits * math.prod(int(n) for n in dims.split(",") if n) / 8)
 
 
-def _parse(text: str) -> _Program:
-    program, body = _Program(), list[_Instruction]()
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            body = program.computations.setdefault(header[2], [])
-            if header[1]:
-                program.entry = header[2]
-        elif found := _INSTRUCTION.match(line):
-            body.append(_Instruction(*found.groups()))
-    return program
-
-
-def _runs(program: _Program, notes: set[str]) -> Mapping[str, int]:
+def _runs(program: Program, notes: set[str]) -> Mapping[str, int]:
     """Return how often each computation runs in one run of the entry."""
     runs: dict[str, int] = defaultdict(int)
 
@@ -135,15 +107,13 @@ def _runs(program: _Program, notes: set[str]) -> Mapping[str, int]:
     return runs
 
 
-def _callees(one: _Instruction) -> Iterable[str]:
+def _callees(one: Instruction) -> Iterable[str]:
     if one.opcode.endswith(("-done", "-update")):
         return
-    yield from _CALLED.findall(one.rest)
-    for several in _CALLED_SEVERAL.findall(one.rest):
-        yield from (name.strip().lstrip("%") for name in several.split(","))
+    yield from one.called
 
 
-def _trips(loop: _Instruction, program: _Program, notes: set[str]) -> int:
+def _trips(loop: Instruction, program: Program, notes: set[str]) -> int:
     """Return how often a loop runs: as XLA states it, or what its counter is compared to."""
     if stated := _TRIPS.search(loop.rest):
         return int(stated[1])
@@ -160,20 +130,10 @@ def _trips(loop: _Instruction, program: _Program, notes: set[str]) -> int:
     return 1
 
 
-def _moved(one: _Instruction, types: Mapping[str, str]) -> int:
-    operands = sum(size_of(types.get(name, "")) for name in _operands(one.rest))
+def _moved(one: Instruction, types: Mapping[str, str]) -> int:
+    operands = sum(size_of(types.get(name, "")) for name in one.operands)
     result = size_of(one.type)
     if one.opcode in ("all-gather-start", "collective-permute-start"):
         # Its result holds the operands, too.
         result -= operands
     return max(operands, result)
-
-
-def _operands(rest: str) -> list[str]:
-    depth, end = 1, len(rest)
-    for n, letter in enumerate(rest):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if not depth:
-            end = n
-            break
-    return re.findall(r"%([\w.-]+)", rest[:end])
