@@ -31,15 +31,18 @@ def shapes(sizes: Sizes, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     return decoder.shapes(sizes, dtype, stacked=True)
 
 
-def logits(sizes: Sizes, layout: Layout = AS_IT_IS) -> Callable[[Params, jax.Array], jax.Array]:
-    """Return ``fn(params, ids)``, the logits in float32; gradients compute each layer again."""
+def loss(sizes: Sizes, layout: Layout = AS_IT_IS) -> Callable[[Params, jax.Array], jax.Array]:
+    """Return ``fn(params, ids)``, the mean loss of each token's successor.
 
-    def forward(params: Params, ids: jax.Array) -> jax.Array:
+    Gradients compute each layer again, and logits exist for a part of the vocabulary at a time.
+    """
+
+    def fn(params: Params, ids: jax.Array) -> jax.Array:
         whole = {
             name: layout.weight(params[name]) for name in ("embedding", "head") if name in params
         }
-        x = decoder.states(sizes, {**params, **whole}, ids, remat=(), layout=layout)
-        head = decoder.head(whole)
-        return layout.rows(jnp.matmul(x, head, preferred_element_type=jnp.float32))
+        params = {**params, **whole}
+        states = decoder.states(sizes, params, ids, remat=(), layout=layout)
+        return decoder.loss_by_parts(states[:, :-1], params, ids[:, 1:])
 
-    return forward
+    return fn

@@ -66,7 +66,7 @@ def build(
     else:
         frozen = model.shapes(sizes)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=decoder.TARGETS)
-        trained = plan(model.logits(sizes), frozen, config, ids).abstract()
+        trained = plan(model.loss(sizes), frozen, config, ids).abstract()
     optimizer = optax.adam(1e-4)
     state = jax.eval_shape(optimizer.init, trained)
     fn = _step(sizes, layout, optimizer, full, mesh)
@@ -84,20 +84,17 @@ def build(
 def _step(
     sizes: Sizes, layout: Layout, optimizer: Any, full: bool, mesh: Mesh | None
 ) -> Callable[..., Any]:
-    forward = model.logits(sizes, layout)
-    adapted = lora(forward)
+    plain = model.loss(sizes, layout)
+    adapted = lora(plain)
 
-    def logits(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
+    def loss(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
         narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
         if full:
-            return forward(narrow, ids)
+            return plain(narrow, ids)
         return adapted(frozen, jax.tree.map(layout.weight, narrow), ids)
 
     def step(trained: Any, state: Any, frozen: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
-        def loss(trained: Any) -> jax.Array:
-            return decoder.loss(logits(trained, frozen, ids), ids)
-
-        value, gradients = jax.value_and_grad(loss)(trained)
+        value, gradients = jax.value_and_grad(loss)(trained, frozen, ids)
         if mesh is not None:
             gradients = jax.tree.map(_like_argument(mesh), gradients)
         updates, state = optimizer.update(gradients, state, trained)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import Adapter, LoraConfig
+from lora_jax.losses import linear_cross_entropy
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -226,6 +227,14 @@ def head(params: Params) -> jax.Array:
 def loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """Return the cross-entropy of each token's successor."""
     return cross_entropy(logits[:, :-1], ids[:, 1:])
+
+
+def loss_by_parts(states: jax.Array, params: Params, labels: jax.Array) -> jax.Array:
+    """Return the cross-entropy of logits that exist for a part of the vocabulary at a time."""
+    tied = "head" not in params
+    return linear_cross_entropy(
+        states, params["embedding" if tied else "head"], labels, transposed=tied
+    )
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

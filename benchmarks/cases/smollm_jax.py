@@ -12,7 +12,6 @@ import optax
 
 from lora_jax import Adapter, lora, merge
 from lora_jax.adam import adamw
-from lora_jax.losses import linear_cross_entropy
 
 from ..case import Arrays, Work, as_arrays
 from ..contestants import compiled
@@ -31,13 +30,6 @@ _ADAMW = adamw(LEARNING_RATE, WEIGHT_DECAY)
 def all_logits(states: jax.Array, params: Params, labels: jax.Array) -> jax.Array:
     """Return the cross-entropy of the logits, which are formed whole, in float32."""
     return decoder.cross_entropy((states @ decoder.head(params)).astype(jnp.float32), labels)
-
-
-def by_parts(states: jax.Array, params: Params, labels: jax.Array) -> jax.Array:
-    """Return the cross-entropy of logits that exist for a part of the vocabulary at a time."""
-    tied = "head" not in params
-    head = params["embedding" if tied else "head"]
-    return linear_cross_entropy(states, head, labels, transposed=tied)
 
 
 def model(sizes: Sizes, loss: Loss) -> Callable[[Params, jax.Array], jax.Array]:
@@ -70,13 +62,13 @@ def train_step(value: Callable[..., jax.Array]) -> Step:
     return step
 
 
-def lora_step(sizes: Sizes, loss: Loss = by_parts) -> Step:
+def lora_step(sizes: Sizes, loss: Loss = decoder.loss_by_parts) -> Step:
     """Return ``step(adapters, state, params, ids)``; the weights are frozen."""
     adapted = lora(model(sizes, loss))
     return train_step(lambda adapters, params, ids: adapted(params, adapters, ids))
 
 
-def training(task: Task, *, scan: bool, loss: Loss = by_parts) -> Work:
+def training(task: Task, *, scan: bool, loss: Loss = decoder.loss_by_parts) -> Work:
     """Return the training step; adapters and the optimizer's state are donated."""
     adapters, state = start(_adapters(task, scan=scan))
     params, ids = smollm_model.in_jax(task, scan=scan), _batches(task)
@@ -111,7 +103,7 @@ def forward(task: Task, *, scan: bool) -> Work:
     return program.work(step, lambda logits: as_arrays(logits[:, -1]))
 
 
-def full(task: Task, *, loss: Loss = by_parts) -> Work:
+def full(task: Task, *, loss: Loss = decoder.loss_by_parts) -> Work:
     """Return full fine-tuning's step by a scan, from the weights with the adapters merged in."""
     (trained, state), ids = start(merged(task)), _batches(task)
     step_of = train_step(model(task.sizes, loss))
