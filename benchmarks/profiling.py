@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 from collections import defaultdict
@@ -42,8 +43,8 @@ class Operation:
         kind: what they do, in a word or two.
         shapes: of the result and the operands; empty where the program is not known.
         count: how many run in a step.
-        seconds: of all of them, in a step. Several may run at once, so that all operations can
-            take longer than the step.
+        seconds: of all of them, in a step, on a device. Several may run at once, so that all
+            operations can take longer than the step.
     """
 
     kind: str
@@ -70,26 +71,39 @@ def profile(work: Work, steps: int = STEPS) -> tuple[Operation, ...]:
                 work.step()
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-        events = list(_events(data))
+        devices = by_device(data)
     described = _describe(work.program)
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
-    for name, seconds in events:
+    share = 1 / (steps * max(len(devices), 1))
+    for name, seconds in itertools.chain.from_iterable(devices):
         kind, shapes = described.get(name) or (re.sub(r"[.\d]+$", "", name), "")
         if kind not in _OUTER:
-            totals[kind, shapes][0] += 1 / steps
-            totals[kind, shapes][1] += seconds / steps
+            totals[kind, shapes][0] += share
+            totals[kind, shapes][1] += share * seconds
     found = (Operation(*key, round(count, 2), s) for key, (count, s) in totals.items())
     return tuple(sorted(found, key=lambda one: -one.seconds))
 
 
-def _events(data: Any) -> Iterator[tuple[str, float]]:
-    """Yield each run of an instruction: its name and its seconds."""
-    for plane in data.planes:
-        for line in plane.lines:
-            for event in line.events:
-                name = dict(event.stats).get("hlo_op")
-                if name:
-                    yield str(name), event.duration_ns / 1e9
+def by_device(data: Any) -> list[list[tuple[str, float]]]:
+    """Return the runs of instructions, names and seconds, on each device.
+
+    Where accelerators ran something the host did not: what it tells is that it launched them.
+
+    Args:
+        data: a ``jax.profiler.ProfileData``.
+    """
+    found = {plane.name: list(_events(plane)) for plane in data.planes}
+    on_devices = [runs for name, runs in found.items() if runs and name.startswith("/device:")]
+    return on_devices or [runs for runs in found.values() if runs]
+
+
+def _events(plane: Any) -> Iterator[tuple[str, float]]:
+    """Yield each run of an instruction: TPUs tell its text, others its name beside the event."""
+    for line in plane.lines:
+        for event in line.events:
+            text = event.name if line.name == "XLA Ops" else dict(event.stats).get("hlo_op")
+            if text and (name := re.match(r"%?([\w.-]+)", str(text))):
+                yield name[1], event.duration_ns / 1e9
 
 
 def _describe(text: Callable[[], str] | None) -> Mapping[str, tuple[str, str]]:

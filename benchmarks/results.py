@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from .aot import facts as ahead
+from .aot.facts import Facts
 from .attempts import Attempt
+from .environment import command
 from .goals import COMPILE, Outcome
 from .harness import Result
 from .limits import Limits
-from .report import Report
+from .report import Report, comparisons
 from .rows import HEADINGS, PROFILE, checked, facts, operations, rows, stated
+from .stats import Comparison
 
 HEAD = """# Results of the benchmarks
 
@@ -36,7 +40,8 @@ def to_markdown(
     reports: Sequence[Report],
     attempts: Sequence[Attempt],
     outcomes: Sequence[Outcome],
-    command: str,
+    written_by: str,
+    compiled: Sequence[Facts] = (),
 ) -> str:
     """Return the document.
 
@@ -44,11 +49,16 @@ def to_markdown(
         reports: the runs, one section each.
         attempts: what was tried.
         outcomes: what the runs say about the goals.
-        command: the one that writes this.
+        written_by: the command that writes this.
+        compiled: what was compiled ahead of time.
     """
-    parts = [HEAD.format(command=command), "## Goals", *_goals(outcomes)]
+    parts = [HEAD.format(command=written_by), "## Goals", *_goals(outcomes)]
     for report in reports:
         parts += _run(report)
+    if compiled:
+        parts += [f"## Compiled ahead of time: {ahead.LABEL}"]
+    for one in compiled:
+        parts += _compiled(one)
     parts += ["## What was tried", *_attempts(attempts)]
     return "\n\n".join(parts) + "\n"
 
@@ -98,6 +108,9 @@ def _run(report: Report) -> Iterator[str]:
         yield f"    {known['command']}"
     told = {name: value for name, value in known.items() if name != "command"}
     yield _list(told)
+    if len(report.results) > 1:
+        yield "Ratios at a glance; ~ before those that get no verdict:"
+        yield _glance(report)
     for result in report.results:
         yield from _case(result, report.limits)
     if report.failed:
@@ -105,6 +118,23 @@ def _run(report: Report) -> Iterator[str]:
         yield _list(report.failed)
     yield "### Versions and settings"
     yield _list(stated(report))
+
+
+def _glance(report: Report) -> str:
+    """Return a table of the median ratios: a row for each case, a column for each contestant."""
+    found = {result.case: comparisons(result) for result in report.results}
+    names = list(dict.fromkeys(name for against in found.values() for name in against))
+    return _table(
+        ("case", *names),
+        [
+            (case, *(_ratio(against[name]) if name in against else "" for name in names))
+            for case, against in found.items()
+        ],
+    )
+
+
+def _ratio(found: Comparison) -> str:
+    return f"{'' if found.shown else '~'}{found.ratio.median:.2f}"
 
 
 def _case(result: Result, limits: Limits | None) -> Iterator[str]:
@@ -126,6 +156,15 @@ def _case(result: Result, limits: Limits | None) -> Iterator[str]:
             "several may run at once:"
         )
         yield _table(PROFILE, operations(result))
+
+
+def _compiled(facts: Facts) -> Iterator[str]:
+    yield f"### {_plain(ahead.title(facts))}"
+    yield f"    {command('aot', facts.request)}"
+    told = ahead.sizes(facts) | {name: f"{n} of {size}" for name, n, size in ahead.moved(facts)}
+    yield _list(told | {"verdict": facts.verdict, "versions": ahead.versions(facts)})
+    if facts.notes:
+        yield _plain("; ".join(facts.notes))
 
 
 def _attempts(attempts: Sequence[Attempt]) -> Iterator[str]:

@@ -71,6 +71,11 @@ class Comparison:
     noise: tuple[str, ...]
 
     @property
+    def shown(self) -> bool:
+        """Whether the series can be judged by."""
+        return not self.noise and self.interval is not None
+
+    @property
     def verdict(self) -> str:
         """What has been shown, or why nothing has."""
         if self.noise:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +14,17 @@ from .limits import Limits
 from .report import Report
 from .rows import HEADINGS, PROFILE, checked, facts, operations, rows
 from .stats import CONFIDENCE
+
+# A file or a pipe takes the tables unbroken.
+WIDE = 160
+
+
+def console() -> Console:
+    """Return the standard output, wide where it is no terminal."""
+    found = Console()
+    if not found.is_terminal:
+        found.width = max(found.width, WIDE)
+    return found
 
 
 def render(report: Report) -> Group:

@@ -1,34 +1,27 @@
-"""The ``lora-jax`` command: parsing, progress and messages; the work is done in ``train``."""
+"""The ``lora-jax`` command: its options, and what calls whom; the work is done elsewhere."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__, commands
 from .commands import parity
 from .config import ALL_LINEAR, LoraConfig
+from .console import Reporter, counted, summarise
 from .errors import LoraError
 from .models import plan_model
-from .parity.checks import Check, run_check
-from .rewrite.table import totals
-from .train.data import read_texts
+from .parity.checks import run_check
 from .train.extras import require
-from .train.finetune import FinetuneOptions, Note, Planned, Result, finetune
-from .train.loop import EpochEvent, Interrupted, NotFinite, StepEvent, StopEvent
+from .train.finetune import FinetuneOptions, finetune
+from .train.loop import Interrupted, NotFinite
 from .train.predict import merge_to, predict
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .train.reading import read_texts
 
 DESCRIPTION = """LoRA fine-tuning in JAX, with PEFT's adapter files.
 
@@ -169,7 +162,7 @@ def _finetune(options: FinetuneOptions) -> int:
     data = "the SMS Spam Collection" if options.data is None else options.data
     console.print(f"LoRA on {options.model} with {data}; results go to {options.output}")
     saved = f"the adapter is saved in {options.output}"
-    reporter = _Reporter(console, options.epochs)
+    reporter = Reporter(console, options.epochs)
     try:
         with reporter:
             result = finetune(options, reporter)
@@ -180,7 +173,7 @@ def _finetune(options: FinetuneOptions) -> int:
     except KeyboardInterrupt:
         known = saved if reporter.saved else "nothing was trained yet"
         return _fail(f"interrupted; {known}", INTERRUPTED)
-    _summarise(console, result, options)
+    summarise(console, result, options)
     return 0
 
 
@@ -245,35 +238,13 @@ def _parity(options: commands.ParityOptions) -> int:
     prepared = parity.prepare(options)
     results = [
         parity.run_pair(check, options.seed) if prepared.pair else run_check(check, options.seed)
-        for check in _shown(prepared.checks)
+        for check in counted(prepared.checks)
     ]
     matrix = parity.plant(options, lambda line: print(line, file=sys.stderr, flush=True))
     report, text = parity.finish(prepared, results, options.seed, matrix)
     print(text)
     sys.stdout.flush()
     return 0 if report.ok and (matrix is None or matrix.ok) else DIFFERENT
-
-
-def _shown(checks: Sequence[Check]) -> Iterator[Check]:
-    """Yield the checks, and show how many are done and how much time is left."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    total, begin, shown = len(checks), time.monotonic(), ""
-    # A bar on a terminal; ten lines elsewhere, and none for a pair.
-    with _progress(console) if console.is_terminal else contextlib.nullcontext() as bar:
-        task = bar.add_task("checks", total=total, shown="") if bar else None
-        for n, check in enumerate(checks):
-            if n:
-                shown = f"{_clock((time.monotonic() - begin) / n * (total - n))} left"
-            if bar:
-                name = check.name if len(check.name) < 40 else f"{check.name[:39]}…"
-                bar.update(task, completed=n, description=name, shown=shown)
-            elif n * 10 // total > (n - 1) * 10 // total and n:
-                console.print(f"{n} of {total} checks  {shown}")
-            yield check
-        if bar:
-            bar.update(task, completed=total, description="checks", shown="done")
 
 
 def _printed(text_of: Callable[[Any], str]) -> Callable[[Any], int]:
@@ -296,107 +267,6 @@ _COMMANDS: dict[type, Callable[[Any], int]] = {
     commands.ConvertOptions: _printed(commands.convert_files),
     commands.ParityOptions: _parity,
 }
-
-
-class _Reporter:
-    """Shows what ``finetune`` does: a live bar on a terminal, a few plain lines elsewhere."""
-
-    def __init__(self, console: Console, epochs: int) -> None:
-        self.console, self.epochs = console, epochs
-        self.saved = False
-        self.bar: Any = None
-        self.task: Any = None
-
-    def __enter__(self) -> _Reporter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __call__(self, event: Any) -> None:
-        match event:
-            case Note():
-                self.console.print(event.text)
-            case Planned():
-                self.planned(event)
-            case StepEvent():
-                self.step(event)
-            case EpochEvent():
-                self.saved = True
-                self.console.print(_epoch_line(event, self.epochs))
-            case StopEvent() if event.reason != "finished":
-                self.console.print(f"stopped early: {event.reason}")
-
-    def planned(self, event: Planned) -> None:
-        train, validation, test = event.texts
-        self.console.print(totals(event.plan))
-        self.console.print(f"{train} texts for training, {validation} validation, {test} test")
-        self.console.print(f"test accuracy before training {event.accuracy:.1%}")
-        if self.console.is_terminal:
-            self.bar = _progress(self.console)
-            self.task = self.bar.add_task("compiling", total=None, shown="")
-            self.bar.start()
-
-    def step(self, event: StepEvent) -> None:
-        shown = (
-            f"loss {event.loss:.3f}  accuracy {event.accuracy:.1%}  "
-            f"{event.samples_per_second:.0f} samples/s  {_clock(event.eta)} left"
-        )
-        if self.bar is not None:
-            name, n, total = f"epoch {event.epoch}/{self.epochs}", event.step, event.total_steps
-            self.bar.update(self.task, description=name, completed=n, total=total, shown=shown)
-        # Ten lines in a log, however long the training.
-        elif event.step * 10 // event.total_steps > (event.step - 1) * 10 // event.total_steps:
-            self.console.print(f"step {event.step}/{event.total_steps}  {shown}")
-
-
-def _progress(console: Console) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    name, shown = TextColumn("{task.description}"), TextColumn("{task.fields[shown]}")
-    bar = BarColumn(bar_width=None)  # takes the width that the text leaves
-    return Progress(name, bar, MofNCompleteColumn(), shown, console=console, expand=True)
-
-
-def _epoch_line(event: EpochEvent, epochs: int) -> str:
-    return (
-        f"epoch {event.epoch}/{epochs} in {event.seconds:.1f} s: "
-        f"training loss {event.train_loss:.3f}, accuracy {event.train_accuracy:.1%}; "
-        f"validation loss {event.validation_loss:.3f}, accuracy {event.validation_accuracy:.1%}"
-    )
-
-
-def _summarise(console: Console, result: Result, options: FinetuneOptions) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    step = f"{result.median_step_seconds:.3f} s"
-    for name, value in {
-        "trained parameters": f"{result.trainable:,} ({result.share:.4%} of all)",
-        "test accuracy": f"{result.accuracy_before:.1%} before, {result.accuracy_after:.1%} after",
-        "training time": f"{result.seconds:.1f} s, {result.steps} steps of {step} (median)",
-        "adapter size": f"{result.adapter_bytes:,} bytes",
-        "adapter": str(result.directory),
-    }.items():
-        table.add_row(name, value)
-    console.print(table)
-    directory = shlex.quote(str(result.directory))
-    texts = '"some text"' if options.data else '"You have won a prize. Call 09061701461 to claim"'
-    console.print(f"next: lora-jax predict {directory} {texts}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _note(text: str) -> None:

@@ -23,8 +23,7 @@ from .adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, p
 from .errors import AdapterError, raise_all
 
 NONE = -1  # the index of "no adapter"
-AT_ONCE = 1024  # the rows that fill a CPU, see `map_adapters`
-SERVED = 512  # the rows whose results stay in its caches, see `per_example`
+AT_ONCE = 512  # the rows that fill a CPU, and whose results stay in its caches
 
 Index = int | Int[Array | np.ndarray, "*batch"]
 
@@ -159,7 +158,7 @@ def map_adapters(fn: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
         leaves = jax.tree.leaves(args)
         if not leaves or not all(map(jnp.ndim, leaves)):
             raise AdapterError("map_adapters: wanted arguments whose arrays have a leading axis")
-        return _mapped(fn, args, rows, AT_ONCE)
+        return _mapped(fn, args, rows)
 
     return mapped
 
@@ -216,7 +215,7 @@ def per_example(adapted: Callable[..., Any], *, rows: int | None = None) -> Call
 
     Each example runs as a batch of one, so a function written for batches need not change.
     What it computes with the frozen weights is computed for all examples at once. Given ``rows``,
-    a CPU takes as many at a time as have ``SERVED`` rows: with more, what a product with the
+    a CPU takes as many at a time as have ``AT_ONCE`` rows: with more, what a product with the
     weights gives leaves the caches before the example's own addend meets it.
 
     Args:
@@ -260,15 +259,15 @@ def per_example(adapted: Callable[..., Any], *, rows: int | None = None) -> Call
 
         size = jax.tree.leaves(dict(adapters))[0].shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, size)
-        return _mapped(one, (adapters, args, keys, active), rows or 0, SERVED)
+        return _mapped(one, (adapters, args, keys, active), rows or 0)
 
     return batched
 
 
-def _mapped(fn: Callable[..., Any], args: tuple[Any, ...], rows: int, most: int) -> Any:
-    """Return ``fn`` mapped over the leading axes, on a CPU only so many that ``most`` rows run."""
+def _mapped(fn: Callable[..., Any], args: tuple[Any, ...], rows: int) -> Any:
+    """Return ``fn`` mapped over the leading axes, on a CPU ``AT_ONCE`` rows at a time."""
     size = jax.tree.leaves(args)[0].shape[0]
-    at_once = max(most // rows, 1) if rows and jax.default_backend() == "cpu" else size
+    at_once = max(AT_ONCE // rows, 1) if rows and jax.default_backend() == "cpu" else size
     if at_once >= size:
         return jax.vmap(fn)(*args)
     return lax.map(lambda own: fn(*own), args, batch_size=at_once if at_once > 1 else None)

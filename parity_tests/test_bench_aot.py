@@ -25,6 +25,7 @@ from benchmarks.cases import decoder
 from benchmarks.commands import aot
 from benchmarks.commands import run as run_command
 from benchmarks.harness import Result, Timing
+from benchmarks.report import Report, to_json
 from lora_jax import lora, plan
 
 
@@ -196,9 +197,34 @@ def test_facts_go_through_json():
     )
     fields = json.loads(json.dumps(facts.to_json(found)))
     assert fields["label"] == facts.LABEL and fields["fits"] is True
-    for derived in ("label", "fits", "verdict"):
-        del fields[derived]
     assert facts.from_json(fields) == found
+    for missing in ("memory", "request"):
+        with pytest.raises(BenchmarkError, match=f"no facts of a compilation: .*{missing}"):
+            facts.from_json({name: value for name, value in fields.items() if name != missing})
+
+
+def test_results_tell_what_was_compiled_and_by_which_command(tmp_path, capsys):
+    found = dataclasses.replace(
+        FACTS,
+        memory=Memory(1, 2, 2, 3, 5 * 2**30),
+        collectives=(collectives.Collective("all-gather", 7, 2**30),),
+        notes=("one of them",),
+    )
+    file, run, out = (tmp_path / name for name in ("o.json", "run.json", "RESULTS.md"))
+    file.write_text(json.dumps(facts.to_json(found)))
+    run.write_bytes(to_json(Report({}, ())))
+    command.main(["results", str(run), "--aot", str(file), "--out", str(out)])
+    said = out.read_text("utf-8")
+    assert "`python -m benchmarks results run.json --aot o.json`" in said
+    options = "--target v5e:2x2 --model tiny --tokens 64 --length 32 --rank 4"
+    assert f"    python -m benchmarks aot {options}\n" in said and facts.LABEL in said
+    for part in ("peak: 5.00 GiB", "all-gather: 7 of 1.00 GiB", "fits: needs", "jax 1", "one of"):
+        assert part in said
+    file.write_text("{}")
+    with pytest.raises(SystemExit):
+        command.main(["results", str(run), "--aot", str(file), "--out", str(out)])
+    assert "o.json: these are no facts" in capsys.readouterr().err
+    assert out.read_text("utf-8") == said
 
 
 @pytest.mark.parametrize("fits", [True, False])

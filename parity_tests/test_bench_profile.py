@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import types
 
 import bench_reports
 import jax
@@ -54,6 +55,23 @@ def test_without_the_program_instructions_go_by_their_names():
     found = profiling.profile(work, steps=2)
     assert found and all(one.shapes == "" for one in found)
     assert not any(one.kind[-1].isdigit() or one.kind == "while" for one in found)
+
+
+def plane(name, line, *events):
+    runs = [
+        types.SimpleNamespace(name=event, stats=stats, duration_ns=2e9) for event, stats in events
+    ]
+    return types.SimpleNamespace(name=name, lines=[types.SimpleNamespace(name=line, events=runs)])
+
+
+def test_where_devices_ran_something_the_host_did_not():
+    host = plane("/host:CPU", "python", ("launch", [("hlo_op", "dot.1")]), ("other", []))
+    stream = plane("/device:GPU:0", "Stream #7", ("gemm", [("hlo_op", "dot.1")]), ("memset", []))
+    core = plane("/device:TPU:0", "XLA Ops", ("%dot.1 = f32[2]{0} dot(%a, %b)", []))
+    empty = plane("/device:GPU:1", "Stream #8")
+    for planes, devices in (((host, empty), 1), ((host, stream), 1), ((host, core, stream), 2)):
+        found = profiling.by_device(types.SimpleNamespace(planes=planes))
+        assert found == [[("dot.1", 2.0)]] * devices
 
 
 def test_what_jax_does_not_run_has_no_profile():

@@ -19,7 +19,7 @@ from benchmarks.cases import CASES
 from benchmarks.commands.run import RunOptions
 from benchmarks.limits import Limits
 from benchmarks.page import to_html
-from benchmarks.report import Report, to_json
+from benchmarks.report import Report, comparisons, to_json
 from parity_tests import bench_reports, browser
 
 
@@ -324,9 +324,25 @@ def test_results_are_tables_with_machine_command_and_versions():
     assert r"skipped: \<b\>bold\</b\> & \[red\]text\[/red\] \| \`x\`" in text
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in tables}
-    assert columns == {len(results.SHOWN) + 2, 6}, "the runs' tables and that of the goals"
+    glance = len(bench_reports.CONTESTANTS)
+    assert columns == {len(results.SHOWN) + 2, glance, 6}, "runs' tables, ratios, and the goals"
     for row in rows.rows(report.results[0], report.limits):
         assert all(cell in text for cell in (row.contestant, row.verdict, row.cells[0]))
+
+
+def test_ratios_are_told_at_a_glance_with_a_mark_where_there_is_no_verdict():
+    report = bench_reports.report()
+    text = results.to_markdown([report], (), (), "c")
+    rows_ = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    for result in report.results:
+        row = rows_[f"| {result.case}"].strip("| ").split(" | ")[1:]
+        assert [cell for cell in row if cell] == [
+            f"{'~' if found.noise else ''}{found.ratio.median:.2f}"
+            for found in comparisons(result).values()
+        ]
+    assert "~" in rows_["| merge"] and "~" not in rows_["| layer_512"]
+    alone = dataclasses.replace(report, results=report.results[:1])
+    assert "at a glance" not in results.to_markdown([alone], (), (), "c")
 
 
 def test_what_was_tried_is_told_by_date():

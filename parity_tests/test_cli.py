@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax import cli, files
+from lora_jax import console, files
 from lora_jax.cli import main
 from lora_jax.errors import OutputError
 from lora_jax.train import finetune as finetuning
@@ -304,14 +304,14 @@ def test_metrics_that_cannot_be_written_do_not_stop_training(
 
 
 def interrupt_at(step, monkeypatch):
-    real = cli._Reporter.step
+    real = console.Reporter.step
 
     def observe(self, event):
         if event.step == step:
             raise KeyboardInterrupt
         real(self, event)
 
-    monkeypatch.setattr(cli._Reporter, "step", observe)
+    monkeypatch.setattr(console.Reporter, "step", observe)
 
 
 def test_an_interrupt_saves_the_adapter(model, table, tmp_path, capsys, monkeypatch):

@@ -18,11 +18,9 @@ from lora_jax.train.data import (
     drop_duplicates,
     encode,
     load_tokenizer,
-    read_sms,
-    read_table,
-    read_texts,
     split,
 )
+from lora_jax.train.reading import read_sms, read_table, read_texts
 
 ROWS = (("spam", 'win "cash", now'), ("ham", "see you\nlater"), ("ham", "naïve\u2028text"))
 

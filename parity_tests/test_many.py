@@ -31,7 +31,7 @@ from lora_jax import (
     unstack,
 )
 from lora_jax.adapter import a_shape, b_shape
-from lora_jax.many import SERVED
+from lora_jax.many import AT_ONCE
 from parity_tests import subjects
 from parity_tests.laws import loss, relative
 from parity_tests.subjects import Subject
@@ -156,7 +156,7 @@ BATCHED = [NAMED[name] for name in ("dense", "torch_layout", "heads_out", "two_t
 INDEX = np.array([2, 0, -1, 3, 1, -1, 0, 2, 3, 3, -1])
 
 
-@pytest.mark.parametrize("rows", [None, SERVED // 2, SERVED], ids="rows {}".format)
+@pytest.mark.parametrize("rows", [None, AT_ONCE // 2, AT_ONCE], ids="rows {}".format)
 @pytest.mark.parametrize("subject", BATCHED, ids=str)
 def test_each_example_gets_its_own_adapter_or_none(subject, rows):
     """All examples at once; two at a time, with one left over; one at a time."""
@@ -198,7 +198,7 @@ def test_examples_drop_their_own_inputs():
     out = fn(params, adapters, x, dropout_key=jax.random.key(0))[:, 0]
     assert len(set(out.tolist())) > 1
     np.testing.assert_array_equal(fn(params, adapters, x)[:, 0], np.full(4, 40.0))
-    for rows in (SERVED // 3, SERVED):
+    for rows in (AT_ONCE // 3, AT_ONCE):
         fewer = per_example(lora(lambda p, x: x @ p["w"]), rows=rows)
         got = fewer(params, adapters, x, dropout_key=jax.random.key(0))[:, 0]
         np.testing.assert_array_equal(got, out)
@@ -404,7 +404,7 @@ def test_mapped_a_few_at_a_time_they_are_what_they_are_at_once(rows):
     mapped, at_once = map_adapters(one, rows=rows), jax.vmap(one)
     jax.tree.map(np.testing.assert_array_equal, mapped(*given), at_once(*given))
     loops = str(jax.make_jaxpr(mapped)(*given)).count("scan[")
-    assert loops == (jax.default_backend() == "cpu" and rows * 5 > 1024)
+    assert loops == (jax.default_backend() == "cpu" and rows * 5 > AT_ONCE)
 
 
 @pytest.mark.parametrize("given", [(), (jnp.ones(2), jnp.float32(1))], ids=["none", "a scalar"])

@@ -17,7 +17,7 @@ import transformers
 
 from lora_jax import Adapter, Full, LoraConfig, lora, save_pretrained
 from lora_jax.models import from_pretrained
-from lora_jax.train import data
+from lora_jax.train import data, reading
 from lora_jax.train.classifier import load_classifier
 from lora_jax.train.data import Batch
 from lora_jax.train.step import schedule
@@ -131,7 +131,7 @@ def tiny(tmp_path_factory) -> Runs:
 @pytest.fixture(scope="module")
 def minilm(minilm_dir, sms_path, tmp_path_factory) -> Runs:
     """The run of ``lora-jax finetune``: 16 texts of 64 tokens, r = 8 on query and value."""
-    corpus = data.balance(data.drop_duplicates(data.read_sms(sms_path)), seed=123)
+    corpus = data.balance(data.drop_duplicates(reading.read_sms(sms_path)), seed=123)
     train, _, _ = data.split(corpus)
     classifier = load_classifier(minilm_dir, train.classes, 64)
     rows = data.batches(classifier.encode(train.texts), train.labels, 16, shuffle=True)

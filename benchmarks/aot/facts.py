@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from rich.console import Group
 from rich.table import Table
 
+from ..case import BenchmarkError
 from .collectives import Collective
 
 LABEL = "compile-time facts, not measurements: nothing ran"
+MOVED = "collective", "runs in a step", "bytes on a device"
 GIB = 2**30
 
 
@@ -31,13 +34,13 @@ class Request:
     """
 
     target: str
-    model: str
-    tokens: int
-    length: int
-    rank: int
-    full: bool
-    data: int | None
-    optimization: str
+    model: Literal["tiny", "smollm2", "llama-8b"] = "smollm2"
+    tokens: int = 2048
+    length: int = 512
+    rank: int = 16
+    full: bool = False
+    data: int | None = None
+    optimization: Literal["O0", "default"] = "O0"
 
 
 @dataclass(frozen=True)
@@ -133,22 +136,30 @@ def refused(message: str) -> tuple[float, float] | None:
     return None
 
 
-def from_json(fields: dict) -> Facts:
-    """Return the facts of ``dataclasses.asdict``, after a way through JSON."""
-    memory = fields["memory"]
-    return Facts(
-        **fields
-        | {
-            "request": Request(**fields["request"]),
-            "mesh": tuple(fields["mesh"]),
-            "memory": None if memory is None else Memory(**memory),
-            "collectives": tuple(Collective(**one) for one in fields["collectives"]),
-            "notes": tuple(fields["notes"]),
-        }
-    )
+def from_json(content: Mapping[str, Any]) -> Facts:
+    """Return the facts of ``to_json`` or ``dataclasses.asdict``, after a way through JSON.
+
+    Raises:
+        BenchmarkError: these are no such facts.
+    """
+    try:
+        found = {field.name: content[field.name] for field in fields(Facts)}
+        memory = found["memory"]
+        return Facts(
+            **found
+            | {
+                "request": Request(**found["request"]),
+                "mesh": tuple(found["mesh"]),
+                "memory": None if memory is None else Memory(**memory),
+                "collectives": tuple(Collective(**one) for one in found["collectives"]),
+                "notes": tuple(found["notes"]),
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise BenchmarkError(f"these are no facts of a compilation: {error!r}") from error
 
 
-def to_json(facts: Facts) -> dict:
+def to_json(facts: Facts) -> dict[str, Any]:
     """Return every figure, its label and the verdict."""
     return {
         "label": LABEL,
@@ -160,33 +171,53 @@ def to_json(facts: Facts) -> dict:
 
 def render(facts: Facts) -> Group:
     """Return the tables for a console."""
+    parts: list[str | Table] = [f"{title(facts)}\n{LABEL}", *_tables(facts)]
+    return Group(*parts, facts.verdict, *facts.notes, versions(facts))
+
+
+def title(facts: Facts) -> str:
+    """Return in a line what was compiled, and for what."""
     asked, (data, fsdp) = facts.request, facts.mesh
     what = "full fine-tuning" if asked.full else f"LoRA r={asked.rank} on its seven linears"
-    head = (
+    return (
         f"{asked.model} on {asked.target} ({facts.device}), mesh data {data} × fsdp {fsdp}: "
-        f"{what}, {asked.tokens} tokens a device\n{LABEL}"
+        f"{what}, {asked.tokens} tokens a device"
     )
-    parts: list[str | Table] = [head, *_tables(facts), facts.verdict, *facts.notes]
-    parts.append(", ".join(f"{name} {version}" for name, version in facts.versions.items()))
-    return Group(*parts)
+
+
+def sizes(facts: Facts) -> dict[str, str]:
+    """Return the figures of a device by their names."""
+    memory = {} if facts.memory is None else asdict(facts.memory)
+    return {name: _gib(value) for name, value in memory.items()} | {
+        "FLOPs": f"{facts.flops:.3g}",
+        "trained values, all devices": f"{facts.trained:,}",
+        "values of the model, all devices": f"{facts.base:,}",
+    }
+
+
+def moved(facts: Facts) -> list[tuple[str, str, str]]:
+    """Return rows for ``MOVED``: the collectives."""
+    if facts.memory is None:
+        return []
+    return [(one.kind, str(one.count), _gib(one.bytes)) for one in facts.collectives]
+
+
+def versions(facts: Facts) -> str:
+    """Return the compilers' versions in a line."""
+    return ", ".join(f"{name} {version}" for name, version in facts.versions.items())
 
 
 def _tables(facts: Facts) -> Iterator[Table]:
-    sizes = Table("of a device", "", title_justify="left")
-    sizes.columns[1].justify = "right"
-    rows = {} if facts.memory is None else asdict(facts.memory)
-    for name, value in rows.items():
-        sizes.add_row(name, _gib(value))
-    sizes.add_row("FLOPs", f"{facts.flops:.3g}")
-    sizes.add_row("trained values, all devices", f"{facts.trained:,}")
-    sizes.add_row("values of the model, all devices", f"{facts.base:,}")
-    yield sizes
-    if facts.memory is not None:
-        moved = Table("collective", "runs in a step", "bytes on a device")
-        for one in facts.collectives:
-            moved.add_row(one.kind, str(one.count), _gib(one.bytes))
-        if facts.collectives:
-            yield moved
+    table = Table("of a device", "", title_justify="left")
+    table.columns[1].justify = "right"
+    for row in sizes(facts).items():
+        table.add_row(*row)
+    yield table
+    if found := moved(facts):
+        table = Table(*MOVED)
+        for row in found:
+            table.add_row(*row)
+        yield table
 
 
 def _gib(size: float) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from lora_jax import Adapter, LoraConfig, Plan, assets, lora, save_pretrained
 from lora_jax.adapter import Entry
-from lora_jax.train import data
+from lora_jax.train import data, reading
 from lora_jax.train.classifier import Classifier, load_classifier
 from lora_jax.train.data import Batch
 from lora_jax.train.step import make_step, optimizer, start
@@ -57,7 +57,7 @@ class Given:
 @functools.cache
 def given() -> Given:
     """Load the model and the corpus, and draw the adapters."""
-    corpus = data.read_sms(assets.fetch(assets.SMS_SPAM) / assets.SMS_SPAM.files[0].name)
+    corpus = reading.read_sms(assets.fetch(assets.SMS_SPAM) / assets.SMS_SPAM.files[0].name)
     train, _, _ = data.split(data.balance(data.drop_duplicates(corpus), seed=123))
     classifier = load_classifier(assets.fetch(assets.MINILM), train.classes, TOKENS)
     rows = data.batches(classifier.encode(train.texts), train.labels, ROWS, shuffle=True)

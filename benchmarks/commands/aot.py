@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -16,10 +15,11 @@ from ..aot import facts, targets
 from ..aot.compiling import compile_apart
 from ..aot.facts import Request
 from ..case import BenchmarkError
+from ..tables import console
 
 
 @dataclass(frozen=True)
-class AotOptions:
+class AotOptions(Request):
     """Compile a training step ahead of time and report memory, FLOPs and collectives.
 
     These are compile-time facts, not measurements: nothing runs. Exit status 1 if it does not fit.
@@ -39,14 +39,6 @@ class AotOptions:
         json: also write every figure to this file.
     """
 
-    target: str
-    model: Literal["tiny", "smollm2", "llama-8b"] = "smollm2"
-    tokens: int = 2048
-    length: int = 512
-    rank: int = 16
-    full: bool = False
-    data: int | None = None
-    optimization: Literal["O0", "default"] = "O0"
     json: Path | None = None
 
 
@@ -54,10 +46,9 @@ def main(options: AotOptions) -> int:
     """Compile, print the tables and write the JSON; 1 if the step does not fit."""
     _check(options)
     request = Request(**{name: getattr(options, name) for name in Request.__dataclass_fields__})
-    console = Console(stderr=True)
-    with console.status(f"compiling {options.model} for {options.target}"):
+    with Console(stderr=True).status(f"compiling {options.model} for {options.target}"):
         found = compile_apart(request)
-    Console().print(facts.render(found))
+    console().print(facts.render(found))
     if options.json is not None:
         content = json.dumps(facts.to_json(found), indent=2) + "\n"
         write_atomic({options.json: content.encode()})

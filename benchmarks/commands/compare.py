@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +17,7 @@ from ..case import BenchmarkError
 from ..compare import Change
 from ..report import Report
 from ..rows import clock
+from ..tables import console
 
 NOT_IN_TURNS = (
     "These times were not taken in turns. The interval holds each run's own scatter, not what "
@@ -45,7 +46,7 @@ def main(options: CompareOptions) -> int:
         raise BenchmarkError(f"limit: got {options.limit}, wanted more than 0")
     before, after = files.read([options.before, options.after])
     found = compare.changes(before, after)
-    Console().print(render(before, after, found, options.limit))
+    console().print(render(before, after, found, options.limit))
     return 1 if any(change.exceeds(options.limit) for change in found) else 0
 
 

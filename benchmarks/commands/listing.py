@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from ..cases import CASES
+from ..tables import console
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,5 @@ def main(options: ListOptions) -> int:
     for case in CASES.values():
         names = (contestant.name for contestant in case.contestants)
         table.add_row(case.name, case.title, ", ".join(names))
-    Console().print(table)
+    console().print(table)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import tyro
 from lora_jax.files import write_atomic
 
 from .. import attempts, files, goals
+from ..aot.facts import Facts, from_json
 from ..case import BenchmarkError
 from ..results import to_markdown
 
@@ -23,12 +25,14 @@ class ResultsOptions:
 
     Args:
         files: the JSON of each run.
+        aot: the JSON of steps that were compiled ahead of time.
         out: the file to write.
         attempts: the log of what was tried.
         goals: what the figures should be.
     """
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    aot: tuple[Path, ...] = ()
     out: Path = TARGET
     attempts: Path = attempts.FILE
     goals: Path = goals.FILE
@@ -39,11 +43,22 @@ def main(options: ResultsOptions) -> int:
     reports = files.read(options.files)
     tried = attempts.parse(_text(options.attempts))
     found = goals.outcomes(goals.parse(_text(options.goals)), reports)
+    compiled = [_facts(file) for file in options.aot]
     names = " ".join(file.name for file in options.files)
-    text = to_markdown(reports, tried, found, f"python -m benchmarks results {names}")
+    if options.aot:
+        names += f" --aot {' '.join(file.name for file in options.aot)}"
+    text = to_markdown(reports, tried, found, f"python -m benchmarks results {names}", compiled)
     write_atomic({options.out: text.encode()})
     print(options.out)
     return 0
+
+
+def _facts(path: Path) -> Facts:
+    text = _text(path)
+    try:
+        return from_json(json.loads(text))
+    except (ValueError, BenchmarkError) as error:
+        raise BenchmarkError(f"{path}: {error}") from error
 
 
 def _text(path: Path) -> str:

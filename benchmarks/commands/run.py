@@ -20,10 +20,7 @@ from ..case import BenchmarkError, Case
 from ..cases import CASES
 from ..harness import Result, Timing, run
 from ..report import Report, to_json
-from ..tables import render
-
-# A file or a pipe takes the tables unbroken.
-WIDE = 160
+from ..tables import console, render
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,7 @@ class RunOptions:
 def main(options: RunOptions) -> int:
     """Run the cases, print the tables and write the JSON; 1 if a case gave no result."""
     report = measure(options)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDE)
-    console.print(render(report))
+    console().print(render(report))
     return 1 if report.failed else 0
 
 

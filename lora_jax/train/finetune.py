@@ -21,7 +21,7 @@ from ..files import output_directory, write_atomic
 from ..peft import save_pretrained
 from ..peft.files import WEIGHTS_NAME
 from ..rewrite import Plan, lora
-from . import data
+from . import data, reading
 from .classifier import RECORD_NAME, Classifier, Record, encode_record, load_classifier
 from .data import TextData
 from .extras import require
@@ -277,12 +277,12 @@ def _check(options: FinetuneOptions) -> tuple[LoraConfig, LoopOptions]:
 
 def _read_own(options: FinetuneOptions) -> TextData:
     assert options.data is not None
-    return data.read_table(options.data, options.text_column, options.label_column)
+    return reading.read_table(options.data, options.text_column, options.label_column)
 
 
 def _read_sms(options: FinetuneOptions, note: Callable[[str], None]) -> TextData:
     directory = fetch(SMS_SPAM, cache=options.cache, progress=note)
-    return data.read_sms(directory / SMS_SPAM.files[0].name)
+    return reading.read_sms(directory / SMS_SPAM.files[0].name)
 
 
 def _parts(options: FinetuneOptions, texts: TextData) -> tuple[TextData, TextData, TextData]:
