@@ -12,6 +12,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from . import bits
 from .errors import LoraError, raise_all
 from .lowrank import accumulation_dtype
 
@@ -152,14 +153,15 @@ def _by_vocabulary(
     """
     axis = 0 if how.transposed else 1
     vocabulary, wide = head.shape[axis], accumulation_dtype(hidden.dtype)
-    chunks = max(-(-vocabulary // how.chunk), 1)
+    chunks, own = max(-(-vocabulary // how.chunk), 1), bits.of(head)
     size = max(-(-vocabulary // chunks), 1)
 
     def body(carry: tuple[Array, Array, Array | None], n: Array) -> Any:
         top, norm, mean = carry
         # The last part begins where a whole one still fits, among columns that were counted.
         start = jnp.minimum(n * size, vocabulary - size)
-        part = lax.dynamic_slice_in_dim(head, start, size, axis)
+        cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=axis)
+        part = bits.joined(cut(head), jax.tree.map(cut, own))
         logits = how.logits(hidden, part)
         if vocabulary % size:
             new = start + lax.iota(n.dtype, size) >= n * size

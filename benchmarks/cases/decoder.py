@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import Adapter, LoraConfig
+from lora_jax.bits import checkpoint_name
 from lora_jax.losses import linear_cross_entropy
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
