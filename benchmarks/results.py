@@ -90,8 +90,8 @@ def _found(outcome: Outcome) -> tuple[str, str, str]:
     worst, unit = outcome.worst, _unit(outcome)
     noisy = " (noisy)" if worst.noisy else ""
     return (
-        f"{outcome.middle:.2f}{unit}",
-        f"{worst.value:.2f}{unit}{noisy}",
+        f"{outcome.middle:.3f}{unit}",
+        f"{worst.value:.3f}{unit}{noisy}",
         f"{worst.case}, {worst.contestant}",
     )
 

@@ -430,7 +430,7 @@ def test_goals_are_told_first():
     report = bench_reports.report()
     text = results.to_markdown([report], (), [outcome(report)], "c")
     assert re.search(
-        r"\| a layer over PEFT \| 0.8 \| 0.7\d \| 0.8\d \| .* \| missed in 5 of 10 \|", text
+        r"\| a layer over PEFT \| 0.8 \| 0.7\d\d \| 0.8\d\d \| .* \| missed in 5 of 10 \|", text
     )
     assert text.index("## Goals") < text.index("### ")
     why = GOAL + 'why = "the sun"\n'
