@@ -106,7 +106,7 @@ def run(
         profiled: profile our own step afterwards.
         clock: in seconds.
         elsewhere: the CPU seconds that other processes have used.
-        progress: called after each step with what it was for.
+        progress: called after each step that is checked and each turn, with what it was for.
 
     Raises:
         BenchmarkError: our own contestant cannot take part, results differ, are not finite, or

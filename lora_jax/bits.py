@@ -20,25 +20,18 @@ def widens(x: Any) -> bool:
     return getattr(x, "dtype", None) == jnp.bfloat16 and jax.default_backend() == "cpu"
 
 
-def of(tree: Any) -> list[Any]:
-    """Return the bits of each leaf that XLA would widen, and None for each other one.
+def dynamic_slice_in_dim(
+    x: Array, start_index: int | Array, slice_size: int, axis: int = 0
+) -> Array:
+    """Return ``lax.dynamic_slice_in_dim`` of the same arguments, without widening all of x.
 
-    >>> of([jnp.ones(2, jnp.bfloat16), jnp.ones(2)])
-    [Array([16256, 16256], dtype=uint16), None]
+    >>> dynamic_slice_in_dim(jnp.arange(5, dtype=jnp.bfloat16), 1, 2)
+    Array([1, 2], dtype=bfloat16)
     """
-    return [_bits(leaf) if widens(leaf) else None for leaf in jax.tree.leaves(tree)]
-
-
-def joined(tree: Any, bits: list[Any]) -> Any:
-    """Return the tree with the values that the bits have, and the tangents that its own have.
-
-    >>> ones = [jnp.ones(2, jnp.bfloat16)]
-    >>> joined([jnp.zeros(2, jnp.bfloat16)], of(ones))
-    [Array([1, 1], dtype=bfloat16)]
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    pairs = zip(leaves, bits, strict=True)
-    return structure.unflatten([x if own is None else _joined(x, own) for x, own in pairs])
+    part = lax.dynamic_slice_in_dim(x, start_index, slice_size, axis)
+    if not widens(x):
+        return part
+    return _joined(part, lax.dynamic_slice_in_dim(_bits(x), start_index, slice_size, axis))
 
 
 def checkpoint_name(x: Array, name: str) -> Array:
@@ -60,6 +53,7 @@ def _bits(x: Array) -> UInt16[Array, "..."]:
 
 @jax.custom_jvp
 def _joined(x: Array, bits: UInt16[Array, "..."]) -> Array:
+    """Return the values of the bits; tangents, which integers have none of, are those of x."""
     return lax.bitcast_convert_type(bits, x.dtype)
 
 

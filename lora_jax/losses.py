@@ -153,15 +153,14 @@ def _by_vocabulary(
     """
     axis = 0 if how.transposed else 1
     vocabulary, wide = head.shape[axis], accumulation_dtype(hidden.dtype)
-    chunks, own = max(-(-vocabulary // how.chunk), 1), bits.of(head)
+    chunks = max(-(-vocabulary // how.chunk), 1)
     size = max(-(-vocabulary // chunks), 1)
 
     def body(carry: tuple[Array, Array, Array | None], n: Array) -> Any:
         top, norm, mean = carry
         # The last part begins where a whole one still fits, among columns that were counted.
         start = jnp.minimum(n * size, vocabulary - size)
-        cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=axis)
-        part = bits.joined(cut(head), jax.tree.map(cut, own))
+        part = bits.dynamic_slice_in_dim(head, start, size, axis)
         logits = how.logits(hidden, part)
         if vocabulary % size:
             new = start + lax.iota(n.dtype, size) >= n * size

@@ -82,14 +82,21 @@ def test_transforms_go_through(transform):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-def test_values_are_those_of_the_bits_and_tangents_their_own():
-    tree = {"narrow": jnp.zeros(3, jnp.bfloat16), "wide": jnp.zeros(3)}
-    ones = jax.tree.map(jnp.ones_like, tree)
-    own = bits.of(ones)
-    found, tangents = jax.jvp(lambda tree: bits.joined(tree, own), (tree,), (ones,))
-    narrow = 1.0 if bits.widens(tree["narrow"]) else 0.0
-    assert found["narrow"].tolist() == [narrow] * 3 and found["wide"].tolist() == [0.0] * 3
-    jax.tree.map(np.testing.assert_array_equal, tangents, ones)
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", KINDS, ids=lambda dtype: dtype.__name__)
+def test_a_slice_has_the_same_values_and_derivatives(dtype, axis):
+    x, t = draw((ROWS, WIDTH), dtype), draw((ROWS, WIDTH), dtype, 1)
+
+    def found(cut):
+        def fn(x):
+            return cut(x, jnp.int32(2), 3, axis) ** 2
+
+        gradient = jax.jit(jax.grad(lambda x: fn(x).sum()))(x)
+        return jax.jvp(fn, (x,), (t,)), gradient
+
+    one, two = found(bits.dynamic_slice_in_dim), found(jax.lax.dynamic_slice_in_dim)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert np.any(np.asarray(one[1], np.float32))
 
 
 @ON_CPU
