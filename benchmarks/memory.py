@@ -7,11 +7,11 @@ for each process; devices that have memory of their own tell theirs.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import apart
 from .case import BenchmarkError, Case
 
 # Enough for everything to be allocated, and the first step's compiler to be gone.
@@ -42,12 +42,8 @@ def measure(case: Case, contestant: str) -> Peak:
     Raises:
         BenchmarkError: the process failed; its last lines are in the message.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", case.name, contestant]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise BenchmarkError(f"{case.name}: memory of {contestant}: the process failed:\n{tail}")
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+    about = f"{case.name}: memory of {contestant}: the process"
+    return Peak(**apart.run("benchmarks.memory", case.name, contestant, about=about))
 
 
 def resident_peak() -> int | None:

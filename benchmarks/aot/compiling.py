@@ -6,14 +6,12 @@ The environment decides what JAX and the compilers see, so it must be set before
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ..case import BenchmarkError
+from .. import apart
 from . import collectives, facts, targets
 from .facts import Facts, Memory, Request
 
@@ -28,17 +26,10 @@ def compile_apart(request: Request) -> Facts:
     target = targets.parse(request.target)
     targets.require_installed(target)
     target.mesh(request.data)
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(asdict(request))],
-        env=os.environ | targets.environment(target, request.optimization),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise BenchmarkError(f"{request.target}: the process that compiles failed:\n{tail}")
-    return facts.from_json(json.loads(done.stdout.splitlines()[-1]))
+    variables = targets.environment(target, request.optimization)
+    about = f"{request.target}: the process that compiles"
+    found = apart.run(__name__, json.dumps(asdict(request)), about=about, environment=variables)
+    return facts.from_json(found)
 
 
 def compile_here(request: Request) -> Facts:
