@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.case import Needed
 from benchmarks.harness import Result, Timing
 from benchmarks.limits import Limits
-from benchmarks.report import Report
+from benchmarks.report import Report, to_json
 
 ROUNDS = 20
 UNKNOWN = Needed()
@@ -97,6 +98,14 @@ def report(seed: int = 0, *, slower: float = 1.0, jitter: float = 0.02) -> Repor
     }
     failed = {"load": "load: not timed, the contestants do not do the same work: <i>why</i>"}
     return Report(environment, tuple(results), PEAKS, failed)
+
+
+def written(folder: Path) -> Path:
+    """Write a.json, b.json, which differs by noise alone, and slow.json; return the folder."""
+    made = {"a": report(), "b": report(1), "slow": report(2, slower=1.2)}
+    for name, one in made.items():
+        (folder / f"{name}.json").write_bytes(to_json(one))
+    return folder
 
 
 def _timing(rng, name: str, seconds: float, jitter: float) -> Timing:
