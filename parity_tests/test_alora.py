@@ -113,6 +113,7 @@ def llama(tmp_path_factory):
     return directory, theirs, fn, params, found, load_pretrained(directory, found)
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_are_pefts(llama):
     _, theirs, fn, params, found, adapters = llama
 

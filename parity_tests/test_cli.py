@@ -355,6 +355,7 @@ def test_training_that_breaks_down_saves_the_last_good_adapter(model, table, tmp
     assert len(predict(out, TEXTS)) == 3
 
 
+@pytest.mark.slow
 def test_a_model_with_broken_weights_breaks_down_at_the_first_step(model, table, tmp_path, capsys):
     broken, out = shutil.copytree(model, tmp_path / "broken"), tmp_path / "out"
     tensors = load_file(broken / "model.safetensors")
@@ -403,6 +404,7 @@ def lora_jax_process(*argv, **more):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_interrupted_saves_and_says_so(model, table, tmp_path):
     out = tmp_path / "out"
     process = lora_jax_process(*arguments(model, table, out, "--epochs", "100000"))

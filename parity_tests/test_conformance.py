@@ -10,7 +10,6 @@ from parity_tests import conformance, init_cells
 from parity_tests.tiers import cases
 
 QUICK = (
-    "bias=all-bert",
     "modules_to_save-vit",
     "trainable_token_indices-gpt2",
 )

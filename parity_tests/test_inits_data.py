@@ -112,13 +112,14 @@ def spans(a):
     return np.float64(a) @ np.float64(a).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rho", "adjust", "masked"),
     [
-        pytest.param(2.0, True, True, marks=pytest.mark.slow),
-        pytest.param(3.0, False, True, marks=pytest.mark.slow),
+        (2.0, True, True),
+        (3.0, False, True),
         (1.0, True, True),  # where rho binds
-        pytest.param(2.0, True, False, marks=pytest.mark.slow),
+        (2.0, True, False),
     ],
 )
 def test_ranks_scales_and_directions_are_pefts(rho, adjust, masked):

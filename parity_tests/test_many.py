@@ -122,7 +122,9 @@ def train(subject, adapters, scales, rate, params, x):
     return trained, history
 
 
-@pytest.mark.parametrize("subject", cases(KINDS, slow=("scan", "experts", "heads_out")))
+@pytest.mark.parametrize(
+    "subject", cases(KINDS, slow=("scan", "experts", "heads_out", "two_targets"))
+)
 def test_training_together_is_training_apart(subject):
     with jax.enable_x64(True):
         params, x = subject.draw(np.float64)

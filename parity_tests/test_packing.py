@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as arrays
 from lora_jax.models import BertModel, from_pretrained
 from lora_jax.packing import NOWHERE, packing, token_places
 from parity_tests.test_bert import inputs, relative, save_tiny
-from parity_tests.tiers import cases
 
 MASKS = arrays.arrays(
     np.int32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.integers(0, 1)
@@ -47,7 +46,8 @@ def test_packing_and_spreading_are_each_others_transpose(tokens):
     np.testing.assert_allclose(jnp.vdot(packed, rows), jnp.vdot(x, spread), rtol=1e-5)
 
 
-@pytest.mark.parametrize("labels", cases([None, 3], slow=("3",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [None, 3])
 def test_a_packed_bert_is_the_padded_one(labels, tmp_path):
     kind = transformers.BertForSequenceClassification if labels else transformers.BertModel
     save_tiny(tmp_path, kind, **({"num_labels": labels} if labels else {}))

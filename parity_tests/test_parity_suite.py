@@ -124,7 +124,8 @@ print(json.dumps({"x64": jax.config.jax_enable_x64, "found": found}))
 """
 
 
-@pytest.mark.parametrize("x64", cases(["1", "0"], slow=("0",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("x64", ["1", "0"])
 def test_the_checks_hold_with_and_without_x64(x64):
     """A process of its own: x64 is a global switch that changes what is computed."""
     run = subprocess.run(

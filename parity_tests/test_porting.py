@@ -18,6 +18,7 @@ def alike(text: str) -> list[list[str]]:
     return [line.replace("EXACT", "ORDER-ONLY").split() for line in text.strip().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_guide_prints_what_it_says(capsys):
     space: dict = {}
     found = []

@@ -56,6 +56,7 @@ def test_the_low_rank_path_adds_the_equations_that_a_hand_would_write():
     assert harness.run(case).difference == 0
 
 
+@pytest.mark.slow
 def test_the_decoder_step_equals_the_one_by_hand():
     case = dataclasses.replace(decoder_step.case(SIZES), rounds=1, warm_up=0)
     assert harness.run(case).difference <= case.tolerance

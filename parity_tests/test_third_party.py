@@ -24,6 +24,8 @@ SLOW = (
     "haiku_lstm",
     "t5",
     "whisper",
+    "vit",
+    "haiku_mobilenet",
 )
 
 SUBJECTS = cases(third_party.ALL, slow=SLOW)

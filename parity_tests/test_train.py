@@ -219,6 +219,7 @@ def test_cross_entropy_is_torchs_in_float32():
     assert half.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_before_the_first_step_the_model_is_the_base_model(bert, planned, apply):
     adapters, batch = planned.init(jax.random.key(5)), make_batch(bert, 4)
     args = batch.input_ids, batch.attention_mask

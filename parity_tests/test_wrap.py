@@ -58,6 +58,7 @@ def loss(model, x):
     return jnp.sum(jnp.sin(model(x)))
 
 
+@pytest.mark.slow
 def test_a_fresh_wrapper_is_the_model_in_output_and_state():
     plain, model = Model(nnx.Rngs(0)), wrapped()
     with jax.disable_jit():
