@@ -31,7 +31,8 @@ def modules(tmp_path, monkeypatch):
 
 
 def test_a_process_finds_what_this_one_finds_and_answers_with_its_last_line(modules, monkeypatch):
-    monkeypatch.setenv("SAID", "here")
+    for name in ("SAID", "ALSO"):
+        monkeypatch.setenv(name, "here")
     found = apart.run("told.tell", "a", "b c", about="it", environment={"ALSO": "there"})
     assert found == [["a", "b c"], "here", "there"]
 

@@ -10,7 +10,7 @@ from lora_jax import lora
 from parity_tests import laws, third_party
 from parity_tests.tiers import cases
 
-# Near twins of models in the default suite, which op-by-op compilation would double in time.
+# Near twins of models in the default suite, and the longest to compile op by op.
 SLOW = (
     "gpt2",
     "gpt2_cached",
