@@ -18,7 +18,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact, Int
 
-from . import paths, rows
+from . import lowrank, paths, rows
 from .adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, pytree, rank
 from .errors import AdapterError, raise_all
 
@@ -169,8 +169,9 @@ def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Entr
     Args:
         stacked: K adapters.
         index: which one, a scalar; or ``(batch,)``, and every leaf gets that leading axis for
-            ``per_example``. -1 is no adapter: A, B and the scale are zero, so that the example
-            gets the frozen model's output. A traced index that is out of range is -1, too.
+            ``per_example``. -1 is no adapter: A, B, the scale, DoRA's magnitude and a bias are
+            zero, and the example gets the frozen model's output exactly. A traced index that is
+            out of range is -1, too.
         params: the frozen parameters. Leaves and rows trained in full have their values from
             here where there is no adapter, so they are needed if there are such and the index
             may be -1, as a traced one may.
@@ -308,7 +309,8 @@ def _where(
     present: Bool[Array, "*batch"], value: Inexact[Array, "..."], frozen: Inexact[Array, "..."]
 ) -> Inexact[Array, "..."]:
     present = present.reshape(present.shape + (1,) * frozen.ndim)
-    return jnp.where(present, value, frozen.astype(value.dtype))
+    dtype = lowrank.wider(value.dtype, frozen.dtype)
+    return jnp.where(present, value.astype(dtype), frozen.astype(dtype))
 
 
 def _index_problems(
