@@ -18,8 +18,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact, Int
 
-from . import lowrank, paths, rows
+from . import calling, lowrank, paths, rows
 from .adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, pytree, rank
+from .calling import is_array
 from .errors import AdapterError, raise_all
 
 NONE = -1  # the index of "no adapter"
@@ -221,9 +222,9 @@ def per_example(adapted: Callable[..., Any], *, rows: int | None = None) -> Call
 
     Args:
         adapted: ``adapted(params, adapters, *args)``, such as ``lora(fn)``. Arrays in ``args``
-            and in what it returns have the batch as their leading axis. Keyword arguments are
-            the same for all examples, but for ``dropout_key``, which is split, and ``active``,
-            which has the batch as its leading axis, too.
+            and in what it returns have the batch as their leading axis. What is no array, such as
+            a flag, and keyword arguments are the same for all examples, but for ``dropout_key``,
+            which is split, and ``active``, which has the batch as its leading axis, too.
         rows: of one example, as they meet a weight: its tokens.
 
     Raises:
@@ -242,25 +243,27 @@ def per_example(adapted: Callable[..., Any], *, rows: int | None = None) -> Call
     if rows is not None:
         _check_rows("per_example", rows)
 
+    taken = calling.names_of(adapted, len(calling.OWN)) - {*calling.KEYWORDS}
+
     @functools.wraps(adapted)
-    def batched(
-        params: Any,
-        adapters: Adapters,
-        *args: Any,
-        dropout_key: Any = None,
-        active: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        def one(adapters: Adapters, args: tuple[Any, ...], key: Any, active: Any) -> Any:
-            args, active = jax.tree.map(lambda value: value[None], (args, active))
+    def batched(*given: Any, **named: Any) -> Any:
+        params, adapters, args, kwargs, own = calling.arguments(given, named, taken)
+        dropout_key, active = own["dropout_key"], own["active"]
+        arrays, with_arrays = calling.parted(args, is_array)
+        outputs: dict[str, Any] = {}
+
+        def one(adapters: Adapters, arrays: list[Array], key: Any, active: Any) -> list[Array]:
+            arrays, active = jax.tree.map(lambda value: value[None], (arrays, active))
             given = {"dropout_key": key, "active": active}
             options = kwargs | {name: value for name, value in given.items() if value is not None}
-            outs = adapted(params, adapters, *args, **options)
-            return jax.tree.map(lambda out: jnp.squeeze(out, 0), outs)
+            outs = adapted(params, adapters, *with_arrays(arrays), **options)
+            outs, outputs["rebuild"] = calling.parted(outs, is_array)
+            return [jnp.squeeze(out, 0) for out in outs]
 
         size = jax.tree.leaves(dict(adapters))[0].shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, size)
-        return _mapped(one, (adapters, args, keys, active), rows or 0)
+        outs = _mapped(one, (adapters, arrays, keys, active), rows or 0)
+        return outputs["rebuild"](outs)
 
     return batched
 

@@ -44,7 +44,7 @@ FLOORS = [
         "naming",
         "naming_tables",
     },
-    {"alora", "arranging", "frozen", "lowrank", "initializers", "entries"},
+    {"alora", "arranging", "calling", "frozen", "lowrank", "initializers", "entries"},
     {"factors", "rows", "adam", "losses", "changes"},
     {
         "merging",
