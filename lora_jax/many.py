@@ -22,6 +22,7 @@ from . import calling, lowrank, paths, rows
 from .adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, pytree, rank
 from .calling import is_array
 from .errors import AdapterError, raise_all
+from .serializing import register
 
 NONE = -1  # the index of "no adapter"
 AT_ONCE = 512  # the rows that fill a CPU, and whose results stay in its caches
@@ -29,6 +30,7 @@ AT_ONCE = 512  # the rows that fill a CPU, and whose results stay in its caches
 Index = int | Int[Array | np.ndarray, "*batch"]
 
 
+@register
 @pytree
 @dataclass(frozen=True)
 class Stacked:

@@ -18,7 +18,8 @@ EVERY = [*subjects.ALL, *subjects_products.ALL, *subjects_structure.ALL]
 BATCHED = (
     "dense transposed torch_layout heads_out heads_in_swapped merged_heads twice tied two_targets "
     "jitted remat custom_vjp scan scan_in_scan half_precision fused_qkv_query_and_value slice_in "
-    "layers_by_index stacked_for_scan joined_out stop_gradient while switch shard_map conv_2d_strided conv_1d"
+    "layers_by_index stacked_for_scan joined_out stop_gradient while switch shard_map "
+    "conv_2d_strided conv_1d"
 ).split()
 QUICK = ("dense", "two_targets", "scan", "half_precision", "joined_out", "conv_2d_strided")
 
