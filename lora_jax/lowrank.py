@@ -179,7 +179,7 @@ def _lowered(
     numbers: Numbers,
     weight_first: bool,
     precision: lax.PrecisionLike,
-) -> tuple[Array, tuple[int, ...]]:
+) -> tuple[Array, tuple[arranging.Size, ...]]:
     """Return ``x·A``, x's vectors along one axis, and their old sizes, as ``merged_rows`` does."""
     (x_contract, w_contract), (x_batch, w_batch) = numbers
     summed, _ = _ends(adapter, numbers)

@@ -16,6 +16,7 @@ from jax.extend import core, source_info_util
 
 from .. import alora, lowrank
 from ..adapter import Adapter
+from ..arranging import Size
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
 from . import siblings
@@ -46,7 +47,7 @@ class Site:
     letters: str
     dense_gradient: bool = False
     window: frozenset[int] = frozenset()
-    rows: int = 0
+    rows: Size = 0
     groups: int = 1
     whole: bool = True
 
@@ -135,7 +136,7 @@ class Call:
         return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
 
     @property
-    def out_shape(self) -> tuple[int, ...]:
+    def out_shape(self) -> tuple[Size, ...]:
         """The shape of the primitive's one output."""
         return self.eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
 
