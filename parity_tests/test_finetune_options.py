@@ -9,68 +9,32 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from lora_jax.cli import main
 from lora_jax.train import classifier, finetune
 from lora_jax.train.predict import predict
 from parity_tests import tiny
-
-# All rows are one batch, so that two epochs are two steps: the first at rate 0, the second at the
-# peak. Both see the gradients of the start, so Adam moves every value by the rate, either way.
-RATE, DECAY = 0.03, 0.5
-BASE = {
-    "epochs": 2,
-    "batch_size": 40,
-    "learning_rate": RATE,
-    "weight_decay": DECAY,
-    "max_length": 12,
-    "r": 2,
-    "lora_alpha": 6,
-}
-# Too small to move a value of float32 that is not 0, so that no epoch is better than the first.
-PATIENT = {"epochs": 9, "batch_size": 8, "patience": 2, "learning_rate": 1e-30}
-# All that finetune multiplies with is another.
-OTHER = {"r": 3, "lora_alpha": 60, "learning_rate": 2 * RATE, "weight_decay": 0.0}
-PREFIX = "base_model.model."
+from parity_tests.option_runs import (
+    BASE,
+    OTHER,
+    PATIENT,
+    PREFIX,
+    Prepared,
+    argv,
+    compiled_once,
+    first_labels,
+    rows,
+    write,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
-    """Most runs differ in numbers alone, and most of their time is the compiler's."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
         yield
-        return
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def rows():
-    """Forty texts, of two classes of different size, and two that come again with other labels."""
-    found = tiny.texts(52, seed=3)
-    spam = [row for row in found if row[1] == "spam"]
-    ham = [row for row in found if row[1] == "ham"][:14]
-    return [*spam, *ham, (spam[0][0], "ham"), (ham[0][0], "spam")]
-
-
-def write(path, columns, given):
-    lines = [",".join(columns)] + [f"{n},{text},{label}" for n, (text, label) in enumerate(given)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +58,7 @@ def run(world):
     @functools.cache
     def once(changes):
         out = world.root / f"out{len(list(world.root.iterdir()))}"
-        assert main(argv(world, out, dict(changes))) == 0
+        assert main(argv(world.model, world.table, out, dict(changes))) == 0
         record = json.loads((out / "run.json").read_text())
         config = json.loads((out / "adapter_config.json").read_text())
         lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -107,19 +71,6 @@ def run(world):
         )
 
     return lambda **changes: once(tuple(sorted(changes.items())))
-
-
-def argv(world, out, changes):
-    options = {"model": world.model, "data": world.table, "output": out} | BASE | changes
-    words = ["finetune"]
-    for name, value in options.items():
-        values = value if isinstance(value, tuple) else (value,)
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words
-
-
-class Prepared(BaseException):
-    """The texts are chosen, and nothing has to be trained."""
 
 
 @pytest.fixture
@@ -139,7 +90,7 @@ def parts(world, monkeypatch):
             real = classifier.encode
             patch.setattr(classifier, "encode", encode)
             with pytest.raises(Prepared):
-                main(argv(world, world.root / "never", changes))
+                main(argv(world.model, world.table, world.root / "never", changes))
         return tuple(seen)
 
     return chosen
@@ -158,7 +109,7 @@ def start(world, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "score_rows", score)
             with pytest.raises(Prepared):
-                main(argv(world, world.root / "never", changes))
+                main(argv(world.model, world.table, world.root / "never", changes))
         return in_file(seen)
 
     return drawn
@@ -175,13 +126,6 @@ def in_file(adapters):
         else:
             found[f"{PREFIX}{module}.lora_A.weight"] = np.asarray(one.a).T
             found[f"{PREFIX}{module}.lora_B.weight"] = np.asarray(one.b).T
-    return found
-
-
-def first_labels():
-    found = {}
-    for text, label in rows():
-        found.setdefault(text, label)
     return found
 
 
@@ -295,7 +239,7 @@ def test_columns_are_named_and_nothing_else_follows(run, world):
 
 def test_equal_options_give_equal_files_wherever_they_go(run, world):
     base, out = run(), world.root / "elsewhere" / "deep"
-    assert main(argv(world, out, {})) == 0
+    assert main(argv(world.model, world.table, out, {})) == 0
     same_tensors(base.tensors, load_file(out / "adapter_model.safetensors"))
     assert base.config == json.loads((out / "adapter_config.json").read_text())
 
@@ -303,7 +247,7 @@ def test_equal_options_give_equal_files_wherever_they_go(run, world):
 def test_an_earlier_run_is_replaced_on_demand_alone(run, world, capsys):
     base = run()
     before = {path.name: path.read_bytes() for path in base.out.iterdir()}
-    assert main(argv(world, base.out, {})) == 2
+    assert main(argv(world.model, world.table, base.out, {})) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in base.out.iterdir()} == before
 
