@@ -52,13 +52,11 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
         )
     attention = paths.attentions(leaves)
     if config.target_modules == ALL_LINEAR:
+        formed = {path for path in record.left_out if _may_be_formed(config, path)}
         named = {
             path
-            for path in record.sites
-            if path not in record.rejected
-            and not configs.is_output_head(paths.module_of(path))
-            and not _other_kind(path, record)
-            and path not in attention
+            for path in (record.sites.keys() - record.rejected.keys()) | formed
+            if not is_no_linear(path, record) and path not in attention
         }
     else:
         named = {path for path in leaves if _is_target(config, path)}
@@ -69,6 +67,34 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
     # PEFT adapts an nn.MultiheadAttention as a whole, by its name alone.
     whole = {attention[path] for path in chosen if paths.leaf_name(path) == paths.IN_PROJ}
     return chosen | {path for path, owner in attention.items() if owner in whole}
+
+
+def is_no_linear(path: str, record: Record) -> str:
+    """Return what a weight is if PEFT's ``all-linear`` does not mean it, by its use or name."""
+    head = configs.is_output_head(paths.module_of(path))
+    return "output head" if head else _other_kind(path, record)
+
+
+def left_out(config: LoraConfig, leaves: Leaves, record: Record) -> dict[str, str]:
+    """Return the weights that ``all-linear`` means and that stay as they are, and why."""
+    if config.target_modules != ALL_LINEAR:
+        return {}
+    attention = paths.attentions(leaves)
+    return {
+        path: why
+        for path, why in record.left_out.items()
+        if not is_no_linear(path, record)
+        and path not in attention
+        and not _named(config.exclude_modules, path)
+        and not configs.is_saved(config, paths.module_of(path))
+        and not (_may_be_formed(config, path) and could_adapt(leaves[path]))
+        and configs.parameter_name(config, path) is None
+    }
+
+
+def _may_be_formed(config: LoraConfig, path: str) -> bool:
+    """Tell whether ``W + s·A·B`` may be formed of a weight; none that is holds a bias."""
+    return configs.materializes(config, paths.module_of(path)) and not config.lora_bias
 
 
 def owners(targets: set[str]) -> dict[str, str]:
@@ -188,7 +214,7 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
     if _named(config.exclude_modules, path):
         return "excluded"
     if not could_adapt(leaf):
-        return "not a matrix"
+        return f"no rule: {record.left_out[path]}" if path in record.left_out else "not a matrix"
     if path in record.rejected:
         return "no rule: " + next(iter(record.rejected[path].values()))
     if path not in record.sites:
@@ -197,8 +223,7 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
         return "not targeted"
     if paths.leaf_name(path) == paths.IN_PROJ:
         return "PyTorch's attention, which PEFT adapts by its name"
-    head = configs.is_output_head(paths.module_of(path))
-    return "output head" if head else _other_kind(path, record) or "not targeted"
+    return is_no_linear(path, record) or "not targeted"
 
 
 def _other_kind(path: str, record: Record) -> str:
