@@ -29,6 +29,7 @@ from ..initializers import (
     reads_more,
 )
 from . import left_out, select, survey, tokens
+from .given import Given
 from .interpret import Record
 from .leaf import TRAINED, LeafPlan
 from .table import render
@@ -45,6 +46,9 @@ class Plan:
         full: the parameters to train in full, by path, as they are in the model.
         normed: the parameters whose norms DoRA starts from, likewise.
         rows: the parameters of which some rows are trained, likewise.
+        of_changed_base: whether the parameters are those that an initialisation returned (see
+            ``for_changed_base``).
+        given: the parameters, for as long as somebody else keeps them.
     """
 
     config: LoraConfig
@@ -52,6 +56,8 @@ class Plan:
     full: Mapping[str, Any] = field(repr=False)
     normed: Mapping[str, Any] = field(default_factory=dict, repr=False)
     rows: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    of_changed_base: bool = False
+    given: Given = field(default_factory=lambda: Given({}), repr=False, compare=False)
 
     @property
     def adapted(self) -> tuple[LeafPlan, ...]:
@@ -195,7 +201,8 @@ def plan(
     _check_inits(config, adapted)
     full = {path: leaves[path] for path in leaves if path in saved}
     normed = {row.path: leaves[row.path] for row in adapted if row.dora}
-    return Plan(config, rows, full, normed, {path: leaves[path] for path in trained})
+    by_rows = {path: leaves[path] for path in trained}
+    return Plan(config, rows, full, normed, by_rows, given=Given(leaves))
 
 
 def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -179,20 +180,12 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
     Raises:
         PlanError: lists every such pattern with close names, or every such target.
     """
-    modules = {paths.module_of(path): None for path in leaves}
     raise_all(
         PlanError,
         "these target_parameters cannot be adapted",
         _bare_problems(config, leaves, record),
     )
-    raise_all(
-        PlanError,
-        "these patterns match no module",
-        (
-            f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
-            for name, pattern in _unmatched(config, targets, leaves)
-        ),
-    )
+    _tell_unmatched(config, targets, leaves)
     problems = []
     for path in sorted(targets):
         # A weight that is formed has no place for a bias.
@@ -263,6 +256,24 @@ def _named(names: Any, path: str) -> bool:
 def _is_target(config: LoraConfig, path: str) -> bool:
     chosen = configs.in_chosen_layer(config, path.replace("/", "."))
     return chosen and _named(config.target_modules, path)
+
+
+def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> None:
+    """Raise for what has no effect, or warn where the configuration is a file's and some has."""
+    unmatched = list(_unmatched(config, targets, leaves))
+    if unmatched and targets and config.on_unmatched == "warn":
+        listed = ", ".join(f"{name} {pattern!r}" for name, pattern in unmatched)
+        warnings.warn(f"the configuration names what this model has not: {listed}", stacklevel=4)
+        return
+    modules = {paths.module_of(path): None for path in leaves}
+    raise_all(
+        PlanError,
+        "these patterns match no module",
+        (
+            f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
+            for name, pattern in unmatched
+        ),
+    )
 
 
 def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterator[tuple[str, str]]:
