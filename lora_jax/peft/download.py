@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 MISSING_HUB = 'huggingface_hub is not installed: pip install "lora_jax[hub]"'
 
-_REPO = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+_REPO = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.*))?", re.ASCII | re.DOTALL)
+
+# The hub's client makes a path of it: no part may be "..", and none empty.
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 
 def located(name: str | Path, *files: str) -> Path:
@@ -31,9 +35,13 @@ def located(name: str | Path, *files: str) -> Path:
         AdapterError: the hub cannot be reached or lacks a file, or its client is not installed.
     """
     found = _REPO.fullmatch(name) if isinstance(name, str) else None
-    if found is None or Path(name).exists():
+    if found is None or os.path.exists(name):
         return Path(name)
     repo, revision = found.groups()
+    if revision is not None and not (_REVISION.fullmatch(revision) and len(revision) < 200):
+        raise AdapterError(
+            f"revision: got {revision!r} for {repo}, wanted a branch, a tag or a commit"
+        )
     heading = f"no directory {name!r} was found, and {assets.endpoint()}/{repo} gave no adapter"
     offline = any(map(assets.is_set, assets.OFFLINE))
     try:

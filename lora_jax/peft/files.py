@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..adapter import Adapters, Entry
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import problem_of, read_bytes, reason
 from ..naming import Names
 from ..rewrite import Plan
 from . import config_json, renaming, tensors, tying, views
@@ -187,7 +189,7 @@ def load_adapter_file(directory: str | Path) -> AdapterFile:
     """
     path = located(directory, CONFIG_NAME) / CONFIG_NAME
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise AdapterError(
             f"cannot read {path}: {error.strerror}. An adapter is a directory with {CONFIG_NAME} "
@@ -203,16 +205,16 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
         AdapterError: the file is missing, broken, or a pickle.
     """
     path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        pickled = (directory / "adapter_model.bin").exists()
+    if (problem := problem_of(path)) == "missing":
+        pickled = os.path.exists(directory / "adapter_model.bin")
         hint = " adapter_model.bin is a pickle, which is never read: save it again as safetensors."
         raise AdapterError(f"{path} is missing.{hint if pickled else ''}")
     try:
-        if problem := header_problem(path):
+        if problem := problem or header_problem(path):
             raise ValueError(problem)
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
-            f"{path} is not a whole safetensors file: {error}. Copy or save it again."
+            f"{path} is not a whole safetensors file: {reason(error)}. Copy or save it again."
         ) from error
