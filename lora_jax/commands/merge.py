@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +18,13 @@ from ..changes import merged
 from ..errors import AdapterError, AssetError, OutputError, raise_all
 from ..factors import pairs_of
 from ..files import write_atomic
+from ..intake import parse_json, problem_of, read_bytes, reason
 from ..merging import Rounding, rounding, warnings_of
 from ..peft import open_adapter
 from ..peft.files import CONFIG_NAME
 from ..peft.halves import LINEAR, LOOKED_UP
 from ..rewrite.tokens import is_input_embedding
-from .checkpoint import Checkpoint, copy_others, read_checkpoint, read_file, staged
+from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file, staged
 from .tables import table
 
 Changes = Mapping[str, Entry]
@@ -142,7 +142,7 @@ def _names(adapters: Changes, stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _says_transposed(adapter: Path) -> bool:
-    return json.loads((adapter / CONFIG_NAME).read_bytes()).get("fan_in_fan_out") is True
+    return parse_json(read_bytes(adapter / CONFIG_NAME)).get("fan_in_fan_out") is True
 
 
 def _refuse_tied(adapters: Changes, checkpoint: Checkpoint) -> None:
@@ -150,11 +150,11 @@ def _refuse_tied(adapters: Changes, checkpoint: Checkpoint) -> None:
     path = checkpoint.directory / "config.json"
     pointers.refuse(path, AssetError)
     try:
-        config = json.loads(path.read_bytes()) if path.is_file() else {}
+        config = parse_json(read_bytes(path)) if problem_of(path) != "missing" else {}
         kinds = " ".join(config.get("architectures") or ())
         tied = config.get("tie_word_embeddings", True)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise AssetError(f"{path} is not a model's configuration: {error!r}") from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise AssetError(f"{path} is not a model's configuration: {reason(error)}") from error
     has_head = any(kind in kinds for kind in _WITH_HEADS)
     if not tied or not has_head or any("lm_head.weight" in key for key in checkpoint.shapes):
         return
@@ -183,7 +183,7 @@ def _changed(
     return np.ascontiguousarray(np.asarray(merged(array, change)))
 
 
-def _told(report: Mapping[str, Rounding], changes: Changes, left_out: list[str], out: Path) -> str:
+def _told(report: Mapping[str, Rounding], changes: Changes, left_out: LeftOut, out: Path) -> str:
     rows = [
         (key, one.dtype, f"{one.changed:,}", f"{one.unchanged:,}", f"{one.error:.3g}")
         for key, one in sorted(report.items())
@@ -196,6 +196,5 @@ def _told(report: Mapping[str, Rounding], changes: Changes, left_out: list[str],
         if isinstance(one, Rows)
     ]
     warned = [f"warning: {line}" for line in warnings_of(report)]
-    others = [f"not copied, as they hold the old weights: {', '.join(left_out)}"]
-    lines = [table(headings, rows), *full, *warned, *(others if left_out else [])]
+    lines = [table(headings, rows), *full, *warned, *left_out.lines()]
     return "\n".join([*lines, f"the merged model is in {out}"])

@@ -16,6 +16,7 @@ from ..adapter import Adapters, Entry
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import read_bytes
 from ..naming import Names
 from ..rewrite import Plan
 from . import (
@@ -280,7 +281,7 @@ def load_adapter_file(directory: str | Path, *, subfolder: str | None = None) ->
     path = located(directory, CONFIG_NAME, subfolder=subfolder) / CONFIG_NAME
     pointers.refuse(path, AdapterError)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise AdapterError(
             f"cannot read {path}: {error.strerror}. An adapter is a directory with {CONFIG_NAME} "

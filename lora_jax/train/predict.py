@@ -97,7 +97,9 @@ def merge_to(
     if out.resolve() == classifier.directory.resolve():
         raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
     merged = merge(classifier.params, adapters)
-    return save_model(out, merged, classifier.directory, classes=classifier.classes, overwrite=True)
+    return save_model(
+        out, merged, classifier.directory, classes=classifier.classes, overwrite=True, note=note
+    )
 
 
 def _load(
