@@ -284,11 +284,27 @@ def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
 def wider(one: DTypeLike, two: DTypeLike) -> jnp.dtype:
     """Return the dtype that holds both, where JAX's strict promotion would name none.
 
-    >>> wider("bfloat16", "float32")
-    dtype('float32')
+    JAX names none either for floats of 8 bits or fewer beside others, which hold their values.
+
+    >>> wider("bfloat16", "float32"), wider("float8_e4m3fn", "float16")
+    (dtype('float32'), dtype('float16'))
     """
+    dtypes = [jnp.dtype(one), jnp.dtype(two)]
+    wide = [dtype for dtype in dtypes if not _is_tiny(dtype)]
+    if len(wide) == 1:
+        # float8_e8m0fnu has exponents that float16 has not.
+        exponents = [jnp.finfo(dtype).maxexp for dtype in dtypes]
+        return (
+            wide[0] if max(exponents) == exponents[dtypes.index(wide[0])] else jnp.dtype("float32")
+        )
+    if not wide:
+        return dtypes[0] if dtypes[0] == dtypes[1] else jnp.dtype("float32")
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(one, two)
+
+
+def _is_tiny(dtype: jnp.dtype) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 2
 
 
 def positions(axes: str, letter: str) -> dict[int, int]:
