@@ -116,8 +116,8 @@ class Adapter:
         masked: whether it acts only where ``lora(fn)(..., active=mask)`` says, as an aLoRA does.
     """
 
-    a: Float[Array, "*stacked_in r"]
-    b: Float[Array, "*stacked_r_out"]
+    a: Inexact[Array, "*stacked_in r"]
+    b: Inexact[Array, "*stacked_r_out"]
     scale: int | float | Float[Array | np.ndarray, "*mapped"] | None = field(
         metadata=dict(static=is_number)
     )
@@ -273,6 +273,7 @@ def check_fit(params: Any, adapters: Adapters) -> None:
             problems.append(f"{path}: no such parameter")
         else:
             problems += _misfits(name, adapter, tuple(leaves[path].shape))
+            problems += _unreal(path, adapter, leaves[path])
     raise_all(AdapterError, "these adapters do not fit the parameters", problems)
 
 
@@ -308,6 +309,14 @@ def _misfits(path: str, adapter: Entry, shape: tuple[int, ...]) -> list[str]:
         shape = np.shape(adapter.scale)
         problems.append(f"{path}: scale got {shape}, wanted (); map over many with jax.vmap")
     return problems
+
+
+def _unreal(path: str, adapter: Entry, leaf: Any) -> list[str]:
+    """Return that a complex change would lose its imaginary part in a real weight."""
+    value = adapter.a if isinstance(adapter, Adapter) else jax.tree.leaves(adapter)[0]
+    if not np.iscomplexobj(value) or np.iscomplexobj(leaf):
+        return []
+    return [f"{path}: got {value.dtype} values, wanted real ones for {leaf.dtype}"]
 
 
 def _misfitting_rows(path: str, rows: Rows, shape: tuple[int, ...]) -> list[str]:

@@ -265,6 +265,8 @@ def drop(
 def add(y: Inexact[Array, "*out"], addend: Inexact[Array, "*out"]) -> Inexact[Array, "*out"]:
     """Return ``y + addend``, summed in the wider dtype and rounded once to y's."""
     wide = wider(y.dtype, addend.dtype)
+    drops = jnp.issubdtype(wide, jnp.complexfloating) and not jnp.iscomplexobj(y)
+    assert not drops, "a complex change of what is real"
     return (y.astype(wide) + addend.astype(wide)).astype(y.dtype)
 
 

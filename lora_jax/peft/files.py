@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,11 +19,11 @@ from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
 from ..naming import Names
 from ..rewrite import Plan
-from . import config_json, renaming, tensors, tying, views
+from . import carried, config_json, implied, renaming, tensors, tying, views
 from .config_json import AdapterFile
 from .download import CONFIG_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
-from .slots import is_held
+from .slots import is_held, slots
 from .strict import LoadReport, header_problem
 
 
@@ -70,6 +71,9 @@ def save_pretrained(
     tying.check(plan, config, to_torch)
     contents = tensors.encode(plan, adapters, to_torch.__getitem__)
     contents |= tying.copies(plan, config, to_torch, contents)
+    if config.init_lora_weights == "eva":
+        # How they began; beside this name PEFT wants the data's own configuration, too.
+        config = replace(config, init_lora_weights=True)
     file = AdapterFile(config, base_model, task_type)
     return write_directory(directory, file, contents, overwrite=overwrite)
 
@@ -130,24 +134,42 @@ def load_pretrained(
             ranks, scales or targets that are not the plan's; or an initialisation that changed
             the base they belong to. Everything is listed.
 
+    Base weights in the file (an embedding's or output head's, which PEFT writes where one is a
+    target or the vocabulary was resized) are compared with the parameters of the plan. Others than
+    theirs are ``Full`` entries, with a warning; where the module has a pair, too, they are an
+    error: ``with_base_weights`` puts them in first.
+
     Adapters of a file with ``alora_invocation_tokens`` act from these on: call the adapted
     function with ``active=alora_mask(input_ids, plan.config.alora_invocation_tokens)``.
     """
     directory = located(directory)
     config = load_config(directory)
+    if not plan.of_changed_base and (problem := tensors.changed_base(config)):
+        raise AdapterError(f"{directory}: {problem}")
     to_torch = renaming.file_names(plan, names)
     tying.check(plan, config, to_torch)
     contents = tying.without_copies(plan, config, to_torch, read_weights(directory))
     renaming.refuse_hanging(config, contents)
+    to_file = names
     view, names, back = views.from_file(plan, names, config, contents)
     in_view = renaming.file_names(view, names).__getitem__
+    expected = [slot.key for slot in slots(view, in_view)]
+    contents, base, unlike_base = carried.taken(plan, to_file, contents, expected)
     adapters, unfit = tensors.decode_what_fits(view, contents, in_view)
     unlike = renaming.differing(view, config, names)
     same = renaming.fitting(view, config, names) | view.full.keys()
     fit, unjoined = back({path: one for path, one in adapters.items() if path in same})
-    problems = unlike + unfit + unjoined
+    problems = unlike + unfit + unjoined + list(unlike_base.values())
+    fit = {path: one for path, one in fit.items() if path not in unlike_base} | base
     if strict:
         raise_all(AdapterError, f"{directory} does not fit the model and its plan", problems)
+    if base:
+        warnings.warn(
+            f"{directory} carries base weights that are not the model's; they are entries trained "
+            f"in full: {', '.join(base)}",
+            stacklevel=2,
+        )
+    if strict:
         return fit
     planned = {leaf.path for leaf in plan.leaves if is_held(plan, leaf)}
     left_out = sorted(planned - fit.keys())
@@ -155,6 +177,26 @@ def load_pretrained(
     if problems:
         warnings.warn(f"{directory}: {report}", stacklevel=2)
     return fit, report
+
+
+def with_base_weights(
+    directory: str | Path, plan: Plan, params: Any, *, names: Names = paths.module_of
+) -> Any:
+    """Return the parameters with the base weights that an adapter file carries in their place.
+
+    PEFT writes them where the vocabulary was resized, or an embedding or output head is a target.
+    Plan again with what is returned: its vocabulary may be another one.
+
+    Args:
+        directory: as in ``load_pretrained``.
+        plan: for the model as it is, made from ``load_config(directory)``.
+        params: the model's parameters.
+        names: the PyTorch module name of a path, as in ``load_pretrained``.
+
+    Raises:
+        AdapterError: lists every base weight of the file that does not fit the model.
+    """
+    return carried.put(plan, names, read_weights(located(directory)), params)
 
 
 def load_config(
@@ -173,10 +215,18 @@ def load_config(
         AdapterError: a file is missing, unreadable, or asks for what is not supported; or lists
             every module without a name in the JAX model.
     """
-    config = load_adapter_file(directory).config
+    config = _with_implied(directory, load_adapter_file(directory)).config
     if names is paths.module_of:
         return config
     return renaming.in_jax(config, read_weights(located(directory)), names, params)
+
+
+def _with_implied(directory: str | Path, file: AdapterFile) -> AdapterFile:
+    """Return the file with the heads that its task type means, where its tensors have them."""
+    if not implied.heads(file):
+        return file
+    path = located(directory) / WEIGHTS_NAME
+    return implied.with_heads(file, read_weights(path.parent) if path.is_file() else ())
 
 
 def load_adapter_file(directory: str | Path) -> AdapterFile:

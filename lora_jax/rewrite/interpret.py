@@ -68,6 +68,7 @@ class Record:
         rejected: where it is used in a way that has no rule, and why.
         together: the parameters that cannot both be adapted, and why.
         formed: the paths whose ``W + s·A·B`` was formed.
+        left_out: the weights that ``"all-linear"`` cannot adapt, and why; see ``left_out``.
         dropout_key: the random key of this interpretation, None for no dropout.
         active: where masked adapters act, see ``alora.silenced``; None while planning.
         times: how often the loops around it run it.
@@ -81,6 +82,7 @@ class Record:
     rejected: dict[str, dict[Place, str]] = field(default_factory=dict)
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)
     dropout_key: Any = None
     active: Any = None
     times: int = 1
