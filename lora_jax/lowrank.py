@@ -292,21 +292,25 @@ def wider(one: DTypeLike, two: DTypeLike) -> jnp.dtype:
     (dtype('float32'), dtype('float16'))
     """
     dtypes = [jnp.dtype(one), jnp.dtype(two)]
-    wide = [dtype for dtype in dtypes if not _is_tiny(dtype)]
-    if len(wide) == 1:
-        # float8_e8m0fnu has exponents that float16 has not.
-        exponents = [jnp.finfo(dtype).maxexp for dtype in dtypes]
-        return (
-            wide[0] if max(exponents) == exponents[dtypes.index(wide[0])] else jnp.dtype("float32")
-        )
-    if not wide:
-        return dtypes[0] if dtypes[0] == dtypes[1] else jnp.dtype("float32")
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(one, two)
+    wide = [dtype for dtype in dtypes if not is_tiny(dtype)]
+    if len(wide) == 2:
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.promote_types(one, two)
+    if dtypes[0] == dtypes[1]:
+        return dtypes[0]
+    # float8_e8m0fnu has exponents that float16 has not.
+    largest = max(jnp.finfo(dtype).maxexp for dtype in dtypes)
+    enough = [dtype for dtype in wide if jnp.finfo(dtype).maxexp == largest]
+    return enough[0] if enough else jnp.dtype("float32")
 
 
-def _is_tiny(dtype: jnp.dtype) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 2
+def is_tiny(dtype: DTypeLike) -> bool:
+    """Tell floats of 8 bits and fewer.
+
+    >>> is_tiny("float8_e4m3fn"), is_tiny("float16"), is_tiny("int8")
+    (True, False, False)
+    """
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize < 2
 
 
 def positions(axes: str, letter: str) -> dict[int, int]:
