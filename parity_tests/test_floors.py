@@ -42,6 +42,7 @@ FLOORS = [
         "regexes",
         "intake",
         "shown",
+        "buffers",
     },
     {"config_problems"},
     {

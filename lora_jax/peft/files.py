@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from .. import paths, pointers
 from ..adapter import Adapters, Entry
+from ..buffers import apart
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
@@ -222,7 +223,7 @@ def with_base_weights(
     Raises:
         AdapterError: lists every base weight of the file that does not fit the model.
     """
-    return carried.put(plan, names, read_weights(located(directory)), params)
+    return apart(carried.put(plan, names, read_weights(located(directory)), params), params)
 
 
 def load_config(
