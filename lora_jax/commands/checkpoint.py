@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from .. import pointers
 from ..errors import AssetError, OutputError, raise_all
 from ..files import output_directory
+from ..peft.download import read_index
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -121,19 +122,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    if not path.is_file():
-        return None
-    try:
-        where = {
-            str(key): str(name) for key, name in json.loads(path.read_bytes())["weight_map"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError(f"{path} is not an index of shards: {error!r}") from error
-    if odd := sorted({name for name in where.values() if Path(name).name != name}):
-        raise AssetError(f"{path} names files elsewhere: {', '.join(odd)}")
-    if not where:
-        raise AssetError(f"{path} names no tensors")
-    return where
+    return read_index(path, AssetError) if path.is_file() else None
 
 
 @contextmanager
@@ -142,6 +131,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise AssetError(
             f"{path} is missing. A model is a directory with {WEIGHTS}, or {INDEX} and its shards."
         )
+    pointers.refuse(path, AssetError)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from .. import indices, paths, rows
+from .. import indices, paths, pointers, rows
 from ..adapter import Adapter, Entry, Full, Rows
 from ..alora import refuse_masked
 from ..changes import merged
@@ -148,6 +148,7 @@ def _says_transposed(adapter: Path) -> bool:
 def _refuse_tied(adapters: Changes, checkpoint: Checkpoint) -> None:
     """Raise where the output head reads an adapted embedding's weight, which the adapter spares."""
     path = checkpoint.directory / "config.json"
+    pointers.refuse(path, AssetError)
     try:
         config = json.loads(path.read_bytes()) if path.is_file() else {}
         kinds = " ".join(config.get("architectures") or ())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from .. import pointers
 from ..errors import ParityError, raise_all
 
 
@@ -116,6 +117,7 @@ def said_where() -> Iterator[None]:
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
+    pointers.refuse(path, ParityError)
     try:
         if path.suffix == ".safetensors":
             found = dict(safetensors.numpy.load_file(path))

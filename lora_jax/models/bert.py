@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
+from .. import pointers
 from ..errors import AssetError, ConfigError, DataError, raise_all
 from ..packing import Packing, Unpacked, packing
 
@@ -267,6 +268,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         AssetError: it is missing, unreadable, not UTF-8, not JSON or not an object.
     """
+    pointers.refuse(Path(path), AssetError)
     try:
         values = json.loads(Path(path).read_bytes())
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from .. import __version__
+from .. import __version__, pointers
 from ..assets import resolve_model
 from ..config import LoraConfig
 from ..errors import AdapterError
@@ -124,6 +124,7 @@ def read_record(directory: str | Path) -> Record:
         AdapterError: it is missing, unreadable or lacks a field.
     """
     path = Path(directory) / RECORD_NAME
+    pointers.refuse(path, AdapterError)
     try:
         fields = json.loads(path.read_bytes())
         classes = tuple(map(str, fields["classes"]))

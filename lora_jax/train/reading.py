@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import pointers
 from ..errors import DataError, raise_all
 from .data import TextData
 
@@ -176,6 +177,7 @@ def _check_columns(path: str | Path, header: Sequence[str], columns: Sequence[st
 
 
 def _read_text(path: str | Path) -> str:
+    pointers.refuse(Path(path), DataError)
     try:
         data = Path(path).read_bytes()
     except OSError as error:
