@@ -15,6 +15,7 @@ from ..adapter import IN, OUT, STACKED
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import PlanError, raise_all
 from .interpret import Record, bias_problem
+from .tokens import tied_head
 
 Leaves = Mapping[str, Any]
 
@@ -164,6 +165,7 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
         "these patterns match no module",
         (
             f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
+            f"{tied_head(pattern, record)}"
             for name, pattern in _unmatched(config, targets, leaves)
         ),
     )
