@@ -179,7 +179,7 @@ def _lowered(
     numbers: Numbers,
     weight_first: bool,
     precision: lax.PrecisionLike,
-) -> tuple[Array, tuple[int, ...]]:
+) -> tuple[Array, tuple[arranging.Size, ...]]:
     """Return ``x·A``, x's vectors along one axis, and their old sizes, as ``merged_rows`` does."""
     (x_contract, w_contract), (x_batch, w_batch) = numbers
     summed, _ = _ends(adapter, numbers)
@@ -265,6 +265,8 @@ def drop(
 def add(y: Inexact[Array, "*out"], addend: Inexact[Array, "*out"]) -> Inexact[Array, "*out"]:
     """Return ``y + addend``, summed in the wider dtype and rounded once to y's."""
     wide = wider(y.dtype, addend.dtype)
+    drops = jnp.issubdtype(wide, jnp.complexfloating) and not jnp.iscomplexobj(y)
+    assert not drops, "a complex change of what is real"
     return (y.astype(wide) + addend.astype(wide)).astype(y.dtype)
 
 

@@ -213,6 +213,9 @@ def test_a_head_that_has_no_weight_of_its_own_is_said_to_be_tied(tmp_path, capsy
     """Where a configuration, a file or a merge means the output head of a model that ties it."""
     path, fn, params, found, drawn = planned("embed_tokens")
     said = f"output head is tied, it shares {path}"
+    warn = dataclasses.replace(CONFIG, target_modules=["up", "lm_head"], on_unmatched="warn")
+    with pytest.warns(UserWarning, match=f"target_modules 'lm_head' .the {said}"):
+        plan(fn, params, warn, IDS)
     for fields in (dict(target_modules=["lm_head"]), dict(modules_to_save=["lm_head"])):
         with pytest.raises(PlanError, match=f"got 'lm_head'.*{said}"):
             plan(fn, params, dataclasses.replace(CONFIG, **fields), IDS)

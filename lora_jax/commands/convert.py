@@ -65,7 +65,7 @@ def convert_files(options: ConvertOptions) -> str:
         part=options.part,
         modules=modules,
         lora_alpha=options.lora_alpha,
-        config=recorded.config if recorded and options.lora_alpha is None else None,
+        config=recorded.config if recorded else None,
     )
     file = replace(recorded or AdapterFile(new.config), config=new.config)
     if options.base_model is not None:

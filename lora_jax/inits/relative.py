@@ -92,7 +92,8 @@ def for_changed_base(plan: Plan) -> Plan:
     >>> for_changed_base(found).config.init_lora_weights
     True
     """
-    return replace(plan, config=replace(plan.config, init_lora_weights=True))
+    config = replace(plan.config, init_lora_weights=True)
+    return replace(plan, config=config, of_changed_base=True)
 
 
 def _joined(first: Entry, now: Entry) -> Entry:

@@ -14,13 +14,14 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, raise_all
+from ..initializers import INITIALIZERS
 from ..peft_fields import DEFAULTS, FOREIGN, refused
 
-# The names that PEFT itself accepts; ours beyond them are PEFT's default once drawn.
-_PEFT_INITS = (True, False, "gaussian", "orthogonal")
+# How A and B are drawn says nothing about a file's numbers. These names only this library has.
+_OUR_INITS = frozenset(INITIALIZERS) - {True, False, "gaussian", "orthogonal"}
 
 # What only this library knows: it changes how the numbers are formed, or has no place in the file.
-_LOCAL = ("on_unsupported", "output_slices", "transposed_parameters")
+_LOCAL = ("on_unsupported", "output_slices", "transposed_parameters", "on_unmatched")
 
 _OWN = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _LOCAL)
 
@@ -70,7 +71,7 @@ def encode(file: AdapterFile) -> bytes:
         # Their order counts; and where no target is set, PEFT looks up those of the architecture.
         own["target_parameters"] = list(file.config.target_parameters)
         own["target_modules"] = [] if own["target_modules"] is None else own["target_modules"]
-    if own["init_lora_weights"] not in _PEFT_INITS:
+    if own["init_lora_weights"] in _OUR_INITS:
         own["init_lora_weights"] = True
     recorded = {
         "base_model_name_or_path": file.base_model,
@@ -106,7 +107,9 @@ def decode(content: bytes, origin: str = "adapter_config.json") -> AdapterFile:
     problems = [f"{name}: said twice" for name in twice] + _problems(fields)
     raise_all(AdapterError, f"{origin} asks for what is not supported", problems)
     try:
-        config = LoraConfig(**{name: fields[name] for name in _OWN if name in fields})
+        own = {name: fields[name] for name in _OWN if name in fields}
+        # One file serves several families of models.
+        config = LoraConfig(**own, on_unmatched="warn")
     except (ConfigError, TypeError, AttributeError) as error:
         raise AdapterError(f"{origin}: {error}") from error
     if newer := sorted(fields.keys() - KNOWN):
@@ -185,8 +188,8 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
     return found
 
 
-# Lists whose order counts; the others are written sorted.
-_IN_ORDER = ("alora_invocation_tokens",)
+# Lists whose order counts; the others are written sorted. Of layers_pattern the first hit wins.
+_IN_ORDER = ("alora_invocation_tokens", "layers_pattern")
 
 _NAMES = (str, list, type(None))
 _KINDS: dict[str, tuple[type, ...]] = {

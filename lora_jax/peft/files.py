@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,11 +18,22 @@ from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
 from ..naming import Names
 from ..rewrite import Plan
-from . import config_json, families, renaming, shards, spelling, tensors, tying, views
+from . import (
+    carried,
+    config_json,
+    families,
+    implied,
+    renaming,
+    shards,
+    spelling,
+    tensors,
+    tying,
+    views,
+)
 from .config_json import AdapterFile
-from .download import CONFIG_NAME, WEIGHTS_NAME, located
+from .download import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
-from .slots import is_held
+from .slots import is_held, slots
 from .strict import LoadReport
 
 
@@ -69,6 +81,9 @@ def save_pretrained(
     tying.check(plan, config, to_torch)
     contents = tensors.encode(plan, adapters, to_torch.__getitem__)
     contents |= tying.copies(plan, config, to_torch, contents)
+    if config.init_lora_weights == "eva":
+        # How they began; beside this name PEFT wants the data's own configuration, too.
+        config = replace(config, init_lora_weights=True)
     file = AdapterFile(config, base_model, task_type)
     return write_directory(directory, file, contents, overwrite=overwrite)
 
@@ -140,11 +155,19 @@ def load_pretrained(
             ranks, scales or targets that are not the plan's; or an initialisation that changed
             the base they belong to. Everything is listed.
 
+    Base weights in the file (an embedding's or output head's, which PEFT writes where one is a
+    target or the vocabulary was resized) are compared with the parameters of the plan. Others than
+    theirs are ``Full`` entries, with a warning; where the module has a pair, too, they are an
+    error: ``with_base_weights`` puts them in first.
+
     Adapters of a file with ``alora_invocation_tokens`` act from these on: call the adapted
     function with ``active=alora_mask(input_ids, plan.config.alora_invocation_tokens)``.
     """
     directory = located(directory, subfolder=subfolder)
-    config, contents = load_config(directory), read_weights(directory)
+    config = load_config(directory)
+    if not plan.of_changed_base and (problem := tensors.changed_base(config)):
+        raise AdapterError(f"{directory}: {problem}")
+    contents = read_weights(directory)
     to_torch = renaming.file_names(plan, names)
     if names is paths.module_of:
         names = _names_of_family(contents, to_torch.values(), directory, whole=True) or names
@@ -152,15 +175,26 @@ def load_pretrained(
     tying.check(plan, config, to_torch)
     contents = tying.without_copies(plan, config, to_torch, contents)
     renaming.refuse_hanging(config, contents)
+    to_file = names
     view, names, back = views.from_file(plan, names, config, contents)
     in_view = renaming.file_names(view, names).__getitem__
+    expected = [slot.key for slot in slots(view, in_view)]
+    contents, base, unlike_base = carried.taken(plan, to_file, contents, expected)
     adapters, unfit = tensors.decode_what_fits(view, contents, in_view)
     unlike = renaming.differing(view, config, names)
     same = renaming.fitting(view, config, names) | view.full.keys()
     fit, unjoined = back({path: one for path, one in adapters.items() if path in same})
-    problems = unlike + unfit + unjoined
+    problems = unlike + unfit + unjoined + list(unlike_base.values())
+    fit = {path: one for path, one in fit.items() if path not in unlike_base} | base
     if strict:
         raise_all(AdapterError, f"{directory} does not fit the model and its plan", problems)
+    if base:
+        warnings.warn(
+            f"{directory} carries base weights that are not the model's; they are entries trained "
+            f"in full: {', '.join(base)}",
+            stacklevel=2,
+        )
+    if strict:
         return fit
     planned = {leaf.path for leaf in plan.leaves if is_held(plan, leaf)}
     left_out = sorted(planned - fit.keys())
@@ -168,6 +202,26 @@ def load_pretrained(
     if problems:
         warnings.warn(f"{directory}: {report}", stacklevel=2)
     return fit, report
+
+
+def with_base_weights(
+    directory: str | Path, plan: Plan, params: Any, *, names: Names = paths.module_of
+) -> Any:
+    """Return the parameters with the base weights that an adapter file carries in their place.
+
+    PEFT writes them where the vocabulary was resized, or an embedding or output head is a target.
+    Plan again with what is returned: its vocabulary may be another one.
+
+    Args:
+        directory: as in ``load_pretrained``.
+        plan: for the model as it is, made from ``load_config(directory)``.
+        params: the model's parameters.
+        names: the PyTorch module name of a path, as in ``load_pretrained``.
+
+    Raises:
+        AdapterError: lists every base weight of the file that does not fit the model.
+    """
+    return carried.put(plan, names, read_weights(located(directory)), params)
 
 
 def load_config(
@@ -195,16 +249,21 @@ def load_config(
         AdapterError: a file is missing, unreadable, or asks for what is not supported; or lists
             every module without a name in the JAX model.
     """
-    config = load_adapter_file(directory, subfolder=subfolder).config
+    file = load_adapter_file(directory, subfolder=subfolder)
+    config = file.config
     untargeted = config.target_modules is None and not config.target_parameters
-    if names is paths.module_of and params is None and not untargeted:
+    plain = names is paths.module_of and params is None and not untargeted
+    if plain and not implied.heads(file):
         return config
     found = located(directory, subfolder=subfolder)
+    if plain and not any((found / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        return config
     tensors = read_weights(found)
+    config = implied.with_heads(file, tensors).config
     if untargeted:
         config = renaming.targeting(config, tensors)
     if names is paths.module_of:
-        own = {paths.module_of(path) for path in paths.flatten(params)}
+        own = () if params is None else {paths.module_of(path) for path in paths.flatten(params)}
         family = _names_of_family(tensors, own, found) if own else None
         if family is None:
             return config

@@ -12,6 +12,7 @@ import numpy as np
 from .. import config as configs
 from .. import paths
 from ..adapter import Adapter, Adapters, Entry, Full, Rows
+from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..initializers import changes_base
 from ..rewrite import LeafPlan, Plan
@@ -177,14 +178,8 @@ def _said_twice(key: str, tensors: Mapping[str, np.ndarray], expected: Mapping[s
 
 def _refuse_what_has_no_place(plan: Plan) -> None:
     """Raise for adapters that PEFT's file, or this version of ours, has no tensors for."""
-    init = plan.config.init_lora_weights
-    if changes_base(init):
-        raise AdapterError(
-            f"init_lora_weights={init!r} changed the base, and a file is for the original one: "
-            "save what lora_jax.inits.relative_to(plan, original, adapters) returns, or the base, "
-            "too, and the adapters with lora_jax.inits.for_changed_base(plan); in PEFT, save with "
-            "path_initial_model_for_weight_conversion"
-        )
+    if problem := changed_base(plan.config):
+        raise AdapterError(problem)
     attention = paths.attentions([leaf.path for leaf in plan.leaves])
     adapted = [attention.get(leaf.path) for leaf in plan.adapted]
     halves = {owner for owner in attention.values() if adapted.count(owner) == 1}
@@ -207,6 +202,22 @@ def _refuse_what_has_no_place(plan: Plan) -> None:
             for kind, is_one in kinds.items()
             if is_one(leaf)
         ),
+    )
+
+
+def changed_base(config: LoraConfig) -> str | None:
+    """Return what to do about adapters of a base that their initialisation changed.
+
+    Beside the original base their numbers are wrong, so that every path asks this first.
+    """
+    init = config.init_lora_weights
+    if not changes_base(init):
+        return None
+    return (
+        f"init_lora_weights={init!r} changed the base, and a file is for the original one: "
+        "save what lora_jax.inits.relative_to(plan, original, adapters) returns, or the base, "
+        "too, and the adapters with lora_jax.inits.for_changed_base(plan); in PEFT, save with "
+        "path_initial_model_for_weight_conversion"
     )
 
 

@@ -89,7 +89,7 @@ def tied_head(pattern: str, record: Record) -> str:
     """Return what to add where a pattern means an output head that has no weight of its own."""
     shared = ", ".join(_tied(record))
     is_head = any(map(configs.is_output_head, pattern.split(", ")))
-    return f"; the output head is tied, it shares {shared}" if shared and is_head else ""
+    return f" (the output head is tied, it shares {shared})" if shared and is_head else ""
 
 
 def _tied(record: Record) -> dict[str, set[str]]:
