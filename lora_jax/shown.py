@@ -50,14 +50,15 @@ def shortened(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def listed(lines: Sequence[str], most: int = SHOWN) -> list[str]:
+def listed(lines: Sequence[str], most: int = SHOWN, *, more: int = 0) -> list[str]:
     """Return the first lines, escaped and cut, and how many more there are.
 
     >>> listed(["a", "b", "c"], 2)
     ['a', 'b', '… and 1 more']
     """
     first = [shortened(escaped(shortened(line))) for line in lines[:most]]
-    return [*first, f"… and {len(lines) - most:,} more"] if len(lines) > most else first
+    more += max(len(lines) - most, 0)
+    return [*first, f"… and {more:,} more"] if more else first
 
 
 def in_markdown(text: object) -> str:
