@@ -62,7 +62,7 @@ FLOORS = [
     {"models"},
     {"train"},
     {"parity"},
-    {"commands", "console"},
+    {"commands", "console", "outlet"},
     {"cli"},
 ]
 

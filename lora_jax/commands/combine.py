@@ -10,6 +10,7 @@ import jax
 from ..combining import combination_error, combine
 from ..peft import fitted, open_adapter, write_adapter
 from ..peft.halves import LOOKED_UP
+from ..shown import escaped
 from .tables import table
 
 
@@ -76,7 +77,7 @@ def combine_files(options: CombineOptions) -> str:
     return "\n".join(
         [
             table(("module", "r", "error against the exact sum"), rows),
-            *(note if len(bases) > 1 else []),
-            f"the combination is in {options.out}",
+            *map(escaped, note if len(bases) > 1 else []),
+            f"the combination is in {escaped(options.out)}",
         ]
     )

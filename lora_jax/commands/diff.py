@@ -15,6 +15,7 @@ from ..compressing import delta_norm
 from ..errors import AdapterError, raise_all
 from ..factors import misfits, pairs_of, ratio
 from ..peft import AdapterFile, open_adapter
+from ..shown import escaped
 from .tables import table
 
 
@@ -49,7 +50,7 @@ def diff_files(options: DiffOptions) -> str:
             where = options.one if name in adapters else options.other
             rows.append((name, "", "", f"only in {where}"))
     fields = _fields(file, other_file) or ["the configurations are equal"]
-    return "\n".join([*fields, "", table(_HEADINGS, rows)])
+    return "\n".join([*map(escaped, fields), "", table(_HEADINGS, rows)])
 
 
 _HEADINGS = ("module", "r", "|ΔW|", "relative difference")

@@ -14,6 +14,7 @@ from ..adapter import Adapter, Adapters, Full, Rows, count, rank
 from ..compressing import delta_norm, effective_rank
 from ..peft import AdapterFile, open_adapter
 from ..peft.halves import in_file
+from ..shown import escaped
 from .tables import table
 
 # Adapters that were trained use about half of their rank and differ by a few times in norm.
@@ -59,13 +60,13 @@ def inspect_files(options: InspectOptions) -> str:
     found = findings(facts)
     return "\n".join(
         [
-            *_configuration(file),
+            *map(escaped, _configuration(file)),
             "",
             table(_headings(file), [_row(name, one) for name, one in facts.items()]),
-            *_full(adapters),
+            *map(escaped, _full(adapters)),
             "",
             f"{len(facts)} modules, {count(adapters):,} trained values",
-            *(found or ["nothing suspicious"]),
+            *map(escaped, found or ["nothing suspicious"]),
         ]
     )
 

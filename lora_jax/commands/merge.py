@@ -24,6 +24,7 @@ from ..peft import open_adapter
 from ..peft.files import CONFIG_NAME
 from ..peft.halves import LINEAR, LOOKED_UP
 from ..rewrite.tokens import is_input_embedding
+from ..shown import escaped
 from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file, staged
 from .tables import table
 
@@ -195,5 +196,5 @@ def _told(report: Mapping[str, Rounding], changes: Changes, left_out: LeftOut, o
         if isinstance(one, Rows)
     ]
     warned = [f"warning: {line}" for line in warnings_of(report)]
-    lines = [table(headings, rows), *full, *warned, *left_out.lines()]
-    return "\n".join([*lines, f"the merged model is in {out}"])
+    lines = [table(headings, rows), *map(escaped, (*full, *warned, *left_out.lines()))]
+    return "\n".join([*lines, f"the merged model is in {escaped(out)}"])

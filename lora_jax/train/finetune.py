@@ -265,6 +265,7 @@ def _check(options: FinetuneOptions) -> tuple[LoraConfig, LoopOptions]:
         [
             Range("learning_rate", options.learning_rate, 0, limits.RATE, above=True),
             Range("weight_decay", options.weight_decay, 0, limits.RATE),
+            Range("lora_alpha", options.lora_alpha, -limits.RATE, limits.RATE),
             Range("epochs", options.epochs, 1, limits.EPOCHS),
             Range("seed", options.seed, 0, 2**32 - 1),
             Range("split_seed", options.split_seed, 0, 2**32 - 1),
@@ -317,8 +318,8 @@ def _parts(
         raise DataError(
             f"got {rows:,} rows with {different:,} different texts"
             + (f", {left:,} of them in classes of one size (balance)" if left < different else "")
-            + f", wanted at least {FEWEST}: 70 % are for training, 10 % for validation and 20 % for "
-            "the test; add rows"
+            + f", wanted at least {FEWEST}: 70 % for training, 10 % for validation, 20 % for the "
+            "test; add rows"
         )
     parts = data.split(texts, seed=options.split_seed)
     counts = np.bincount(parts[0].labels, minlength=len(texts.classes))

@@ -124,8 +124,8 @@ def _labelled(path: str | Path, texts: Sequence[str], labels: _Labels) -> TextDa
         raise DataError(f"{path}: got no rows, wanted at least two with a label and a text each")
     if len(classes) < 2:
         raise DataError(
-            f"{path}: got the one class {classes[0]!r} in all {len(texts)} rows, wanted at least "
-            "two; add rows of another class or name another label column"
+            f"{path}: got the one class {next(iter(classes))!r} in all {len(texts)} rows, wanted "
+            "at least two; add rows of another class or name another label column"
         )
     place = np.empty(len(classes), np.int32)
     place[[labels.index[name] for name in classes]] = np.arange(len(classes))
