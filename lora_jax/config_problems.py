@@ -18,6 +18,7 @@ Config = Any
 LARGEST_RANK = 1 << 20
 
 BIASES = ("none", "all", "lora_only")
+UNMATCHED = ("error", "warn")
 
 # PEFT has a start for a bias only beside these two; the others here are names of the first.
 _BIASED_INITS = (True, False, "kaiming_uniform", "kaiming_uniform_rank")
@@ -51,6 +52,8 @@ def problems(config: Config) -> list[str]:
         found.append(f"ensure_weight_tying: got {config.ensure_weight_tying!r}, wanted a bool")
     if config.bias not in BIASES:
         found.append(f"bias: got {config.bias!r}, wanted one of {', '.join(BIASES)}")
+    if config.on_unmatched not in UNMATCHED:
+        found.append(f"on_unmatched: got {config.on_unmatched!r}, wanted 'error' or 'warn'")
     if isinstance(config.target_modules, str):
         found += [
             f"{name}: got {getattr(config, name)!r}, wanted None where target_modules is a string"

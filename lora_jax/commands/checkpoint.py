@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from .. import pointers
 from ..errors import AssetError, OutputError, raise_all
 from ..files import output_directory
-from ..intake import is_inside, parse_json, problem_of, read_bytes, reason, require_regular
+from ..intake import is_inside, problem_of, reason, require_regular
+from ..peft.download import read_index
 from ..shown import listed
 
 WEIGHTS = "model.safetensors"
@@ -145,18 +147,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    if problem_of(path) == "missing":
-        return None
-    try:
-        index = parse_json(read_bytes(path))
-        where = {str(key): str(name) for key, name in index["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError(f"{path} is not an index of shards: {reason(error)}") from error
-    if odd := sorted({name for name in where.values() if Path(name).name != name}):
-        raise AssetError(f"{path} names files elsewhere: {', '.join(odd)}")
-    if not where:
-        raise AssetError(f"{path} names no tensors")
-    return where
+    return None if problem_of(path) == "missing" else read_index(path, AssetError)
 
 
 @contextmanager
@@ -165,6 +156,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise AssetError(
             f"{path} is missing. A model is a directory with {WEIGHTS}, or {INDEX} and its shards."
         )
+    pointers.refuse(path, AssetError)
     try:
         require_regular(path)
         with safetensors.safe_open(path, framework="numpy") as file:

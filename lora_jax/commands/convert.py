@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from .. import pointers
 from ..errors import AdapterError
 from ..intake import parse_json, problem_of, read_bytes, reason, require_regular
 from ..peft import AdapterFile, load_adapter_file
@@ -65,7 +66,7 @@ def convert_files(options: ConvertOptions) -> str:
         part=options.part,
         modules=modules,
         lora_alpha=options.lora_alpha,
-        config=recorded.config if recorded and options.lora_alpha is None else None,
+        config=recorded.config if recorded else None,
     )
     file = replace(recorded or AdapterFile(new.config), config=new.config)
     if options.base_model is not None:
@@ -90,6 +91,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
             "you trust it, make one in PyTorch by safetensors.torch.save_file("
             f"torch.load({path.name!r}, weights_only=True), 'adapter.safetensors')"
         )
+    pointers.refuse(path, AdapterError)
     try:
         require_regular(path)
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -100,6 +102,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _modules(path: Path) -> frozenset[str]:
     """Return the names in a JSON list, or the owners of a safetensors file's tensors."""
+    pointers.refuse(path, AdapterError)
     if path.suffix == ".safetensors":
         try:
             require_regular(path)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from .. import indices, paths, rows
+from .. import config as configs
+from .. import indices, paths, pointers, rows
 from ..adapter import Adapter, Entry, Full, Rows
 from ..alora import refuse_masked
 from ..changes import merged
@@ -20,7 +21,7 @@ from ..factors import pairs_of
 from ..files import write_atomic
 from ..intake import parse_json, problem_of, read_bytes, reason
 from ..merging import Rounding, rounding, warnings_of
-from ..peft import open_adapter
+from ..peft import families, open_adapter
 from ..peft.files import CONFIG_NAME
 from ..peft.halves import LINEAR, LOOKED_UP
 from ..rewrite.tokens import is_input_embedding
@@ -32,6 +33,12 @@ Changes = Mapping[str, Entry]
 
 _FLOATS = ("F32", "F16", "BF16")
 _WITH_HEADS = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "DoubleHeads")
+
+
+_TIED = (
+    ", as its output head shares the embedding's weight (tie_word_embeddings); save the model with "
+    "a head of its own, or keep the adapter apart"
+)
 
 
 def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> str:
@@ -61,7 +68,7 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
     for given in (model, adapter):
         if given.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
-    report: dict[str, Rounding] = {}
+    family, report = _family(adapters, checkpoint.shapes), {}
     with staged(out, overwrite=overwrite) as staging:
         for name, keys in checkpoint.files.items():
             tensors, metadata = read_file(model / name)
@@ -70,7 +77,8 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
                     tensors[key] = _changed(key, tensors[key], changes[key], report)
             write_atomic({staging / name: safetensors.numpy.save(tensors, metadata=metadata)})
         left_out = copy_others(checkpoint, staging)
-    return _told(report, changes, left_out, out)
+    told = _told(report, changes, left_out, out)
+    return f"note: {family.told(_plain_names(adapters).values())}\n{told}" if family else told
 
 
 def place(
@@ -79,7 +87,8 @@ def place(
     """Return the adapters by the names of the stored tensors, with the stored axes.
 
     A base model is stored with or without its own prefix, ``bert.`` say; one prefix is put on
-    or taken off for all names together. A ``Conv1D`` is stored the other way round: shapes
+    or taken off for all names together. Where that does not do, a known family's other names
+    are the model's (``peft.families``). A ``Conv1D`` is stored the other way round: shapes
     tell, and where a weight is square, what the others of this adapter are.
 
     Args:
@@ -111,7 +120,7 @@ def place(
 def _misfit(key: str, one: Entry, checkpoint: Checkpoint) -> list[str]:
     shape, dtype = checkpoint.shapes.get(key), checkpoint.dtypes.get(key)
     if shape is None:
-        return [f"{key}: not in the model"]
+        return [f"{key}: not in the model{_TIED if _is_tied_head(key, checkpoint) else ''}"]
     if dtype not in _FLOATS:
         return [f"{key}: stored as {dtype}, wanted one of {', '.join(_FLOATS)}"]
     if isinstance(one, Rows):
@@ -132,14 +141,33 @@ def _misfit(key: str, one: Entry, checkpoint: Checkpoint) -> list[str]:
 
 def _names(adapters: Changes, stored: Mapping[str, Any]) -> dict[str, str]:
     """Return the stored tensor's name of every adapter, in the way that finds most of them."""
-    plain = {n: n if isinstance(one, Full) else f"{n}.weight" for n, one in adapters.items()}
+    plain = _plain_names(adapters)
+    if renamed := _family(adapters, stored):
+        return {name: renamed.to_model(key) for name, key in plain.items()}
+    best = _prefixing(plain, stored)
+    return {name: best(key) for name, key in plain.items()}
+
+
+def _plain_names(adapters: Changes) -> dict[str, str]:
+    return {n: n if isinstance(one, Full) else f"{n}.weight" for n, one in adapters.items()}
+
+
+def _prefixing(plain: Mapping[str, str], stored: Mapping[str, Any]) -> Callable[[str], str]:
     ways: list[Callable[[str], str]] = [str]
     for first in sorted({key.partition(".")[0] for key in plain.values()}):
         ways.append(lambda key, first=first: key.removeprefix(f"{first}."))
     for first in sorted({key.partition(".")[0] for key in stored}):
         ways.append(lambda key, first=first: f"{first}.{key}")
-    best = max(ways, key=lambda way: sum(way(key) in stored for key in plain.values()))
-    return {name: best(key) for name, key in plain.items()}
+    return max(ways, key=lambda way: sum(way(key) in stored for key in plain.values()))
+
+
+def _family(adapters: Changes, stored: Mapping[str, Any]) -> families.Rename | None:
+    """Return how a family's other names become the model's, where no prefix alone does it."""
+    plain = _plain_names(adapters)
+    prefixed = map(_prefixing(plain, stored), plain.values())
+    if all(key in stored for key in prefixed):
+        return None
+    return families.find(sorted(plain.values()), stored.keys())
 
 
 def _says_transposed(adapter: Path) -> bool:
@@ -148,15 +176,7 @@ def _says_transposed(adapter: Path) -> bool:
 
 def _refuse_tied(adapters: Changes, checkpoint: Checkpoint) -> None:
     """Raise where the output head reads an adapted embedding's weight, which the adapter spares."""
-    path = checkpoint.directory / "config.json"
-    try:
-        config = parse_json(read_bytes(path)) if problem_of(path) != "missing" else {}
-        kinds = " ".join(config.get("architectures") or ())
-        tied = config.get("tie_word_embeddings", True)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise AssetError(f"{path} is not a model's configuration: {reason(error)}") from error
-    has_head = any(kind in kinds for kind in _WITH_HEADS)
-    if not tied or not has_head or any("lm_head.weight" in key for key in checkpoint.shapes):
+    if not _is_tied(checkpoint):
         return
     raise_all(
         AdapterError,
@@ -169,6 +189,24 @@ def _refuse_tied(adapters: Changes, checkpoint: Checkpoint) -> None:
             or (isinstance(one, Full) and is_input_embedding(paths.module_of(name)))
         ],
     )
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    """Tell whether the model has an output head that shares the embedding's weight."""
+    path = checkpoint.directory / "config.json"
+    pointers.refuse(path, AssetError)
+    try:
+        config = parse_json(read_bytes(path)) if problem_of(path) != "missing" else {}
+        kinds = " ".join(config.get("architectures") or ())
+        tied = config.get("tie_word_embeddings", True)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise AssetError(f"{path} is not a model's configuration: {reason(error)}") from error
+    has_head = any(kind in kinds for kind in _WITH_HEADS)
+    return bool(tied) and has_head and not any("lm_head.weight" in key for key in checkpoint.shapes)
+
+
+def _is_tied_head(key: str, checkpoint: Checkpoint) -> bool:
+    return configs.is_output_head(paths.module_of(key)) and _is_tied(checkpoint)
 
 
 def _changed(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from .. import pointers
 from ..errors import ParityError, raise_all
 from ..intake import reason, require_regular
 
@@ -117,6 +118,7 @@ def said_where() -> Iterator[None]:
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
+    pointers.refuse(path, ParityError)
     try:
         require_regular(path)
         if path.suffix == ".safetensors":

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .. import paths
+from .. import paths, pointers
 from ..assets import check_model, resolve_model
 from ..errors import AssetError, ConfigError, raise_all
 from ..files import output_directory, write_atomic
@@ -287,6 +287,7 @@ def _has_prefix(path: Path) -> bool:
 
 @contextmanager
 def _open_weights(path: Path) -> Iterator[Any]:
+    pointers.refuse(path, AssetError)
     try:
         require_regular(path)
         with safe_open(path, framework="np") as file:

@@ -127,6 +127,8 @@ def misfit(config: LoraConfig, leaf: LeafPlan, module: str) -> str | None:
 def target_problems(config: LoraConfig, modules: Iterable[str | Sequence[str]]) -> list[str]:
     """Return where the targets and the modules or parameters that have adapters disagree.
 
+    A file's configuration may list names that mean nothing in this model (see ``idle``).
+
     Args:
         config: the configuration.
         modules: the name of every module, or its names, any of which may be meant; the names
@@ -142,12 +144,22 @@ def target_problems(config: LoraConfig, modules: Iterable[str | Sequence[str]]) 
             for own in named
             if not any(_is_target(config, name) for name in own)
         ]
-    listed = {"target_modules": targets, "target_parameters": bare}
-    return found + [
+    lenient = config.on_unmatched == "warn"
+    return found if lenient else found + idle(config, (one for own in named for one in own))
+
+
+def idle(config: LoraConfig, modules: Iterable[str]) -> list[str]:
+    """Return a line for every listed target that none of these modules is."""
+    modules = list(modules)
+    listed = {
+        "target_modules": config.target_modules,
+        "target_parameters": config.target_parameters,
+    }
+    return [
         f"{field}: {name!r} has no adapter"
         for field, given in listed.items()
         for name in (() if given is None or isinstance(given, str) else given)
-        if not any(configs.matches([name], one) for own in named for one in own)
+        if not any(configs.matches([name], module) for module in modules)
     ]
 
 

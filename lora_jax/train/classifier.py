@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from .. import __version__
+from .. import __version__, pointers
 from ..assets import resolve_model
 from ..config import LoraConfig
 from ..errors import AdapterError
@@ -145,6 +145,7 @@ def read_record(directory: str | Path) -> Record:
         AdapterError: it is missing, unreadable or lacks a field.
     """
     path = Path(directory) / RECORD_NAME
+    pointers.refuse(path, AdapterError)
     try:
         fields = parse_json(read_bytes(path))
         return _record(fields["base_model"], fields["classes"], fields["max_length"])
