@@ -1,11 +1,9 @@
-"""A model directory of safetensors files, one or in shards, and a directory written whole."""
+"""A model directory of safetensors files, one or in shards."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +13,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from ..errors import AssetError, OutputError, raise_all
-from ..files import output_directory
+from ..errors import AssetError, raise_all
+from ..journal import PREFIX, settle
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,7 +47,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         AssetError: there are none, one is broken, or they and the index disagree.
     """
-    where = _index(directory / INDEX)
+    where = _index(settle(directory, AssetError) / INDEX)
     names = [WEIGHTS] if where is None else sorted(set(where.values()))
     files, shapes, dtypes, problems = {}, {}, {}, []
     for name in names:
@@ -77,7 +75,8 @@ def copy_others(checkpoint: Checkpoint, to: Path) -> list[str]:
     left_out = []
     for path in sorted(checkpoint.directory.rglob("*")):
         name = path.relative_to(checkpoint.directory)
-        if str(name) in checkpoint.files or path.is_dir():
+        ours = name.parts[0].startswith(PREFIX)  # of a run that writes there
+        if str(name) in checkpoint.files or path.is_dir() or ours:
             continue
         if path.name.endswith(OTHER_WEIGHTS) and str(name) != INDEX:
             left_out.append(str(name))
@@ -85,39 +84,6 @@ def copy_others(checkpoint: Checkpoint, to: Path) -> list[str]:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to / name)
     return left_out
-
-
-@contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a directory beside ``out`` to write into; its files go to ``out`` when all are there.
-
-    Raises:
-        OutputError: ``out`` holds something and ``overwrite`` is false, or cannot be written.
-    """
-    existed = out.exists()
-    output_directory(out, overwrite=overwrite)
-    done = False
-    staging = None
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
-        yield staging
-        for path in sorted(staging.rglob("*")):
-            target = out / path.relative_to(staging)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
-        done = True
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {out}: {error.strerror or error}. Free some space or choose "
-            "another place; nothing that was there has changed."
-        ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if not done and not existed:
-            shutil.rmtree(out, ignore_errors=True)
 
 
 def _index(path: Path) -> dict[str, str] | None:

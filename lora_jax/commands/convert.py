@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 
 from ..errors import AdapterError
+from ..journal import settle
 from ..peft import AdapterFile, load_adapter_file
 from ..peft.files import CONFIG_NAME, WEIGHTS_NAME, write_directory
 from ..peft.layouts import converted
@@ -55,6 +56,7 @@ def convert_files(options: ConvertOptions) -> str:
     """
     source, recorded = options.source, None
     if source.is_dir():
+        settle(source, AdapterError)
         if (source / CONFIG_NAME).exists():
             recorded = load_adapter_file(source)
         source = source / WEIGHTS_NAME

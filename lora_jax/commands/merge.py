@@ -18,13 +18,14 @@ from ..alora import refuse_masked
 from ..changes import merged
 from ..errors import AdapterError, AssetError, OutputError, raise_all
 from ..factors import pairs_of
-from ..files import write_atomic
+from ..files import claimed
 from ..merging import Rounding, rounding, warnings_of
+from ..models import refuse_other_layout
 from ..peft import open_adapter
 from ..peft.files import CONFIG_NAME
 from ..peft.halves import LINEAR, LOOKED_UP
 from ..rewrite.tokens import is_input_embedding
-from .checkpoint import Checkpoint, copy_others, read_checkpoint, read_file, staged
+from .checkpoint import Checkpoint, copy_others, read_checkpoint, read_file
 from .tables import table
 
 Changes = Mapping[str, Entry]
@@ -61,14 +62,16 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
         if given.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
     report: dict[str, Rounding] = {}
-    with staged(out, overwrite=overwrite) as staging:
+    claim = claimed(out, overwrite=overwrite, remove_empty=True)
+    with claim as output, output.filling() as draft:
+        refuse_other_layout(out, checkpoint.files)
         for name, keys in checkpoint.files.items():
             tensors, metadata = read_file(model / name)
             for key in keys:
                 if key in changes:
                     tensors[key] = _changed(key, tensors[key], changes[key], report)
-            write_atomic({staging / name: safetensors.numpy.save(tensors, metadata=metadata)})
-        left_out = copy_others(checkpoint, staging)
+            (draft / name).write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+        left_out = copy_others(checkpoint, draft)
     return _told(report, changes, left_out, out)
 
 

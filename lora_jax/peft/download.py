@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import assets
 from ..errors import AdapterError, AssetError
+from ..journal import settle
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -28,11 +29,12 @@ def located(name: str | Path, *files: str) -> Path:
         files: what is needed of a repository; by default the configuration and the weights.
 
     Raises:
-        AdapterError: the hub cannot be reached or lacks a file, or its client is not installed.
+        AdapterError: the hub cannot be reached or lacks a file, or its client is not installed;
+            or the directory was left in the middle of a change that cannot be finished here.
     """
     found = _REPO.fullmatch(name) if isinstance(name, str) else None
     if found is None or Path(name).exists():
-        return Path(name)
+        return settle(Path(name), AdapterError)
     repo, revision = found.groups()
     heading = f"no directory {name!r} was found, and {assets.endpoint()}/{repo} gave no adapter"
     offline = any(map(assets.is_set, assets.OFFLINE))

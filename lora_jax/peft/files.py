@@ -15,7 +15,7 @@ from .. import paths
 from ..adapter import Adapters, Entry
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
-from ..files import output_directory, write_atomic
+from ..files import claimed
 from ..naming import Names
 from ..rewrite import Plan
 from . import config_json, renaming, tensors, tying, views
@@ -63,6 +63,21 @@ def save_pretrained(
 
     Source: the file format of PEFT 0.21.2.
     """
+    files = encoded(plan, adapters, base_model=base_model, task_type=task_type, names=names)
+    with claimed(directory, overwrite=overwrite) as output:
+        output.write(files)
+    return output.directory
+
+
+def encoded(
+    plan: Plan,
+    adapters: Adapters,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    names: Names = paths.module_of,
+) -> dict[str, bytes]:
+    """Return the files that ``save_pretrained`` writes, by name; see there."""
     tensors.raise_misfits(plan, adapters)
     plan, adapters = without_ranges(plan, adapters)
     plan, adapters, names = views.to_file(plan, adapters, names)
@@ -70,8 +85,14 @@ def save_pretrained(
     tying.check(plan, config, to_torch)
     contents = tensors.encode(plan, adapters, to_torch.__getitem__)
     contents |= tying.copies(plan, config, to_torch, contents)
-    file = AdapterFile(config, base_model, task_type)
-    return write_directory(directory, file, contents, overwrite=overwrite)
+    return _files(AdapterFile(config, base_model, task_type), contents)
+
+
+def _files(file: AdapterFile, contents: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    return {
+        WEIGHTS_NAME: safetensors.numpy.save(dict(contents), metadata={"format": "pt"}),
+        CONFIG_NAME: config_json.encode(file),
+    }
 
 
 def write_directory(
@@ -82,13 +103,10 @@ def write_directory(
     overwrite: bool = False,
 ) -> Path:
     """Write configuration and tensors, both whole or not at all; see ``save_pretrained``."""
-    files = {
-        WEIGHTS_NAME: safetensors.numpy.save(dict(contents), metadata={"format": "pt"}),
-        CONFIG_NAME: config_json.encode(file),
-    }
-    directory = output_directory(directory, overwrite=overwrite)
-    write_atomic({directory / name: content for name, content in files.items()})
-    return directory
+    files = _files(file, contents)
+    with claimed(directory, overwrite=overwrite) as output:
+        output.write(files)
+    return output.directory
 
 
 @overload

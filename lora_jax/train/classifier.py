@@ -15,6 +15,7 @@ from .. import __version__
 from ..assets import resolve_model
 from ..config import LoraConfig
 from ..errors import AdapterError
+from ..journal import settle
 from ..models import from_pretrained
 from ..rewrite import Plan, plan
 from .data import Tokens, encode, load_tokenizer
@@ -123,7 +124,7 @@ def read_record(directory: str | Path) -> Record:
     Raises:
         AdapterError: it is missing, unreadable or lacks a field.
     """
-    path = Path(directory) / RECORD_NAME
+    path = settle(Path(directory), AdapterError) / RECORD_NAME
     try:
         fields = json.loads(path.read_bytes())
         classes = tuple(map(str, fields["classes"]))

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..adapter import Adapters
 from ..errors import DataError, OutputError
-from ..files import output_directory
+from ..files import claimed
 from ..merging import merge
-from ..models import save_model
+from ..models import model_files, refuse_other_layout
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
 from .classifier import Classifier, load_classifier, read_record
@@ -92,12 +92,17 @@ def merge_to(
         LoraError: adapter and model cannot be read or do not fit, or ``out`` cannot be written.
     """
     read_record(directory)
-    out = output_directory(out, overwrite=overwrite)
-    classifier, adapters = _load(directory, model, 1, cache, note)
-    if out.resolve() == classifier.directory.resolve():
-        raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
-    merged = merge(classifier.params, adapters)
-    return save_model(out, merged, classifier.directory, classes=classifier.classes, overwrite=True)
+    with claimed(out, overwrite=overwrite) as output:
+        classifier, adapters = _load(directory, model, 1, cache, note)
+        if output.directory.resolve() == classifier.directory.resolve():
+            raise OutputError(
+                f"{out} holds the base model, which stays as it is; choose another place"
+            )
+        merged = merge(classifier.params, adapters)
+        files = model_files(merged, classifier.directory, classes=classifier.classes)
+        refuse_other_layout(output.directory, files)
+        output.write(files)
+    return output.directory
 
 
 def _load(
