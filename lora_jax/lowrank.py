@@ -278,6 +278,18 @@ def scaled(x: Inexact[Array, "..."], adapter: Any) -> Inexact[Array, "..."]:
     return x * lax.stop_gradient(jnp.asarray(adapter.scale, x.dtype))
 
 
+def cast(x: Inexact[Array, "*x"], dtype: DTypeLike) -> Inexact[Array, "*x"]:
+    """Return x in this dtype; of complex values their real part, where it is a real one.
+
+    So cotangents of real values are, when these were read as complex.
+
+    >>> cast(jnp.array([1 + 2j]), "float32").tolist()
+    [1.0]
+    """
+    real = jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating)
+    return (lax.real(x) if real else x).astype(dtype)
+
+
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype that sums are formed in: float32, or a wider one if given that."""
     return wider(dtype, jnp.float32)
