@@ -74,7 +74,7 @@ FLOORS = [
     {"models"},
     {"train"},
     {"parity"},
-    {"commands", "console"},
+    {"commands", "console", "outlet"},
     {"cli"},
 ]
 

@@ -15,6 +15,7 @@ from ..intake import parse_json, problem_of, read_bytes, reason, require_regular
 from ..peft import AdapterFile, load_adapter_file
 from ..peft.files import CONFIG_NAME, WEIGHTS_NAME, write_directory
 from ..peft.layouts import converted
+from ..shown import escaped
 from .tables import table
 
 
@@ -76,7 +77,7 @@ def convert_files(options: ConvertOptions) -> str:
     return "\n".join(
         [
             table(("name", "modules", "r", "alpha"), rows),
-            f"{len(new.ranks)} modules; the adapter is in {options.out}",
+            f"{len(new.ranks)} modules; the adapter is in {escaped(options.out)}",
         ]
     )
 

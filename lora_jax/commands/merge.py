@@ -23,6 +23,7 @@ from ..peft.files import CONFIG_NAME
 from ..peft.halves import LOOKED_UP
 from ..peft.tensors import changed_base
 from ..rewrite.tokens import is_input_embedding
+from ..shown import escaped
 from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file, staged
 from .placing import biases, is_tied, place, refuse_unmet, renamed, without_tied
 from .tables import table
@@ -149,5 +150,5 @@ def _told(report: Mapping[str, Rounding], changes: Changes, left_out: LeftOut, o
         if isinstance(one, Adapter) and key not in report
     ]
     warned = [f"warning: {line}" for line in warnings_of(report)]
-    lines = [table(headings, rows), *full, *warned, *left_out.lines()]
-    return "\n".join([*lines, f"the merged model is in {out}"])
+    lines = [table(headings, rows), *map(escaped, (*full, *warned, *left_out.lines()))]
+    return "\n".join([*lines, f"the merged model is in {escaped(out)}"])

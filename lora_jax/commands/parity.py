@@ -22,6 +22,7 @@ from ..parity.page import to_html
 from ..parity.report import Report, environment, from_json, to_json, to_markdown
 from ..parity.summary import PAIR, ratio_text, sentences
 from ..parity.templating import INSTALL
+from ..shown import escaped
 from .objects import load, load_inputs, said_where
 from .tables import table
 
@@ -155,9 +156,9 @@ def finish(
         lines = [_tensors(results[0]), "", *lines]
     for check in results:
         bad = [str(one) for one in check.tensors if not one.verdict.ok]
-        lines += [f"{check.name}: {said}" for said in (check.error, *bad) if said]
+        lines += [escaped(f"{check.name}: {said}") for said in (check.error, *bad) if said]
     if prepared.earlier is not None:
-        found = [str(one) for one in differences(report, prepared.earlier)]
+        found = [escaped(one) for one in differences(report, prepared.earlier)]
         lines += ["since the earlier report:", *(found or ["nothing changed"])]
     if prepared.directory is not None:
         write_report(report, prepared.directory, prepared.earlier)

@@ -89,7 +89,7 @@ def load_params(directory: str | Path) -> Params:
 
     Raises:
         AssetError: a file is missing or broken, or tensors are missing, unexpected or of the
-            wrong shape or type; all are listed.
+            wrong shape or type, or not finite; all are listed.
     """
     directory = check_model(directory)
     config = BertConfig.from_file(directory / "config.json")
@@ -109,6 +109,8 @@ def load_params(directory: str | Path) -> Params:
             p: _flax_array(p, file.get_tensor(keys[_name_in_file(p)]))
             for p in paths.flatten(template)
         }
+    broken = [f"{_name_in_file(p)}: {said}" for p, x in leaves.items() if (said := not_finite(x))]
+    raise_all(AssetError, f"{path} holds values that are not finite; download it again", broken)
     return paths.replace(template, leaves)
 
 
@@ -159,7 +161,7 @@ def save_model(
         The directory.
 
     Raises:
-        AssetError: the parameters do not fit the source's ``config.json``.
+        AssetError: the parameters do not fit the source's ``config.json``, or are not finite.
         ConfigError: there are not as many ``classes`` as labels.
         OutputError: the directory is occupied or cannot be written.
     """
@@ -170,6 +172,9 @@ def save_model(
     tensors = to_state_dict(params)
     problems = _misfits({name: array.shape for name, array in tensors.items()}, wanted)
     raise_all(AssetError, f"these parameters do not fit {source / 'config.json'}", problems)
+    broken = [f"{name}: {said}" for name, x in tensors.items() if (said := not_finite(x))]
+    heading = "these parameters are not finite, so that nothing is written; is the scale too large?"
+    raise_all(AssetError, heading, broken)
     if labels is None and _has_prefix(source / "model.safetensors"):
         tensors = {PREFIX + name: array for name, array in tensors.items()}
     config = _saved_config(read_json(source / "config.json"), tensors, labels, classes)
@@ -186,6 +191,16 @@ def save_model(
         others = ", ".join(name for name in there if name not in own)
         note(f"not copied, as they are no regular files of the model's directory: {others}")
     return target
+
+
+def not_finite(array: jax.Array | np.ndarray) -> str | None:
+    """Return how many values of an array are NaN or infinite; None for none.
+
+    >>> not_finite(np.array([1.0, np.nan])), not_finite(np.ones(2))
+    ('1 of 2 values', None)
+    """
+    bad = array.size - int(np.isfinite(np.asarray(array, np.float32)).sum())
+    return f"{bad:,} of {array.size:,} values" if bad else None
 
 
 def _saved_config(
