@@ -25,7 +25,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("lora_jax", "lora_torch_ref", "benchmarks", "parity_tests", "docs", "examples")
-OPTIONS = ("-q", "-x", "-n", "0", "-m", "not slow", "--no-header", "-p", "no:cacheprovider")
+# Without the import hook that checks types, which takes seconds: values must tell.
+OPTIONS = (
+    "-o",
+    "addopts=",
+    "-q",
+    "-x",
+    "-n",
+    "0",
+    "-m",
+    "not slow",
+    "--no-header",
+    "-p",
+    "no:cacheprovider",
+)
 # The server has imported pytest's plugins before pytest could rewrite their assertions.
 OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 SECONDS = 300

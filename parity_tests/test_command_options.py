@@ -208,6 +208,70 @@ def test_merge_has_no_option_without_effect(trained, capsys, tmp_path):
         assert more[0] in said.err and not (tmp_path / "out").exists()
 
 
+def stored(directory, tensors, **config):
+    """Write a model directory of these tensors."""
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_a_head_shares_the_embedding_unless_the_model_says_otherwise(tmp_path, capsys):
+    """Older configurations do not say it, and transformers takes them for tied."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((7, 4)).astype("f4")
+    (tmp_path / "adapter").mkdir()
+    name = f"{PREFIX}model.embed_tokens.lora_embedding_"
+    pair = {f"{name}A": rng.standard_normal((2, 7)), f"{name}B": rng.standard_normal((4, 2))}
+    pair = {key: value.astype("f4") for key, value in pair.items()}
+    save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    for says, code in (
+        ({}, 2),
+        ({"tie_word_embeddings": True}, 2),
+        ({"tie_word_embeddings": False}, 0),
+    ):
+        key = f"model{len(list(tmp_path.iterdir()))}"
+        tensors = {"model.embed_tokens.weight": weight}
+        model = stored(tmp_path / key, tensors, architectures=["LlamaForCausalLM"], **says)
+        out = tmp_path / f"{key}-merged"
+        told = run(capsys, "merge", model, tmp_path / "adapter", out, code=code)
+        assert ("tie_word_embeddings" in told.err) == bool(code) and out.exists() == (not code)
+    merged = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    change = 2.0 * (pair[f"{name}B"] @ pair[f"{name}A"]).T
+    np.testing.assert_allclose(merged, weight + change, rtol=1e-5, atol=1e-5)
+
+
+def test_an_alora_is_not_merged(tmp_path, capsys):
+    save_adapter(tmp_path / "adapter", 1)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"alora_invocation_tokens": [3, 4]}
+    tensors = {f"{name}.weight": np.zeros((5, 6), "f4") for name in SIZES}
+    model = stored(tmp_path / "model", tensors)
+    run(capsys, "merge", model, tmp_path / "adapter", tmp_path / "plain")
+    path.write_text(json.dumps(config))
+    said = run(capsys, "merge", model, tmp_path / "adapter", tmp_path / "out", code=2)
+    assert "a part of the tokens" in said.err and not (tmp_path / "out").exists()
+
+
+def test_a_norm_of_thirty_times_the_median_is_suspicious(tmp_path, capsys):
+    for times, said in ((29, False), (31, True)):
+        directory = tmp_path / str(times)
+        save_adapter(directory, 1)
+        path = directory / "adapter_model.safetensors"
+        tensors = load_file(path)
+        first = {kind: tensors[f"{PREFIX}a.q.lora_{kind}.weight"] for kind in "AB"}
+        for name in SIZES:
+            for kind, value in first.items():
+                factor = times if (name, kind) == ("b.q", "B") else 1
+                tensors[f"{PREFIX}{name}.lora_{kind}.weight"] = factor * value
+        save_file(tensors, path)
+        lines = run(capsys, "inspect", directory).out.splitlines()
+        found = [line for line in lines if line.startswith("suspicious") and "median" in line]
+        assert len(found) == said and all("b.q" in line for line in found)
+
+
 # plan
 
 
