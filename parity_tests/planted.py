@@ -101,6 +101,11 @@ class Planted:
         return "" if count == 1 else f"{self.file} holds {self.old!r} {count} times"
 
 
+def rows(area: str, *given: tuple[str, str, str, str, str]) -> tuple[Planted, ...]:
+    """Return the bugs of one area, each ``(name, file, old, new, test)``."""
+    return tuple(Planted(name, area, *rest) for name, *rest in given)
+
+
 @dataclass(frozen=True)
 class Fate:
     """What became of a bug: ``found``, ``survives`` or what kept the test from telling."""
@@ -233,9 +238,8 @@ def _run(bug: Planted, copy: Path) -> int:
     sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
     os.environ["PYTHONPATH"] = str(copy)
     importlib.invalidate_caches()
-    path, _, rest = f"parity_tests/{bug.test}".partition(" -k ")
-    chosen = ["-k", rest] if rest else []
-    return int(pytest.main([*OPTIONS, "--rootdir", str(copy), path, *chosen]))
+    tests = [f"parity_tests/{test}" for test in bug.test.split()]
+    return int(pytest.main([*OPTIONS, "--rootdir", str(copy), *tests]))
 
 
 def main(argv: Sequence[str]) -> int:

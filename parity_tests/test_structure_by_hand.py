@@ -94,7 +94,22 @@ def test_what_the_author_freezes_does_not_learn():
     assert moved == {"v": True, "w": False}
 
 
-# Random numbers
+def test_ranges_of_one_weight_are_merged_where_they_are():
+    params, _, x = drawn()
+    config = LoraConfig(r=2, target_modules=["w"], output_slices={"w": ((1, 3), (4, 6))})
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    found = plan(fn, params, config, x)
+    adapters = jax.tree.map(lambda one: one + 1.0, found.init(jax.random.key(0)))
+    merged = merge(params, adapters)
+    np.testing.assert_allclose(fn(merged, x), lora(fn)(params, adapters, x), rtol=1e-5, atol=1e-5)
+    moved = np.asarray(merged["w"] != params["w"]).any(axis=0)
+    assert moved.tolist() == [False, True, True, False, True, True]
+
+
+# What is drawn
 
 
 def test_every_path_and_every_range_of_a_weight_draws_its_own_a():
@@ -108,6 +123,31 @@ def test_every_path_and_every_range_of_a_weight_draws_its_own_a():
     factors = [one.a for one in (*first.values(), *other.values())]
     for n, one in enumerate(factors):
         assert all(np.abs(one - two).min() > 0 for two in factors[:n])
+
+
+def test_adapters_are_float32_beside_any_base_and_an_embeddings_a_is_zero():
+    """As in PEFT: what is looked up has a random B, and a zero A."""
+    params = {"embed": jnp.ones((7, 4), jnp.bfloat16), "w": jnp.ones((4, 3), jnp.bfloat16)}
+    config = LoraConfig(r=2, target_modules=["embed", "w"])
+    found = plan(lambda p, ids: p["embed"][ids] @ p["w"], params, config, jnp.arange(3))
+    adapters = found.init(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
+    zero = {path: (not one.a.any(), not one.b.any()) for path, one in adapters.items()}
+    assert zero == {"embed": (True, False), "w": (False, True)}
+
+
+def test_all_that_lies_in_a_saved_module_is_trained():
+    params = {
+        "w": jnp.ones((4, 4)),
+        "head": {"dense": {"w": jnp.ones((4, 4))}, "out": jnp.ones((4, 2))},
+    }
+    config = LoraConfig(r=2, target_modules=["w"], modules_to_save=["head"])
+
+    def fn(params, x):
+        return x @ params["w"] @ params["head"]["dense"]["w"] @ params["head"]["out"]
+
+    found = plan(fn, params, config, jnp.ones((3, 4)))
+    assert set(found.full) == {"head.dense.w", "head.out"}
 
 
 LOOPS = {
