@@ -190,10 +190,7 @@ def test_a_use_without_a_rule_names_path_and_primitive(name):
     assert "w: " in str(error.value)
 
 
-FORMED = [name for name, (_, word) in LOUD.items() if "returns" not in word]
-
-
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", LOUD)
 def test_materialize_gives_the_merged_models_outputs_and_says_so(name):
     fn, _ = LOUD[name]
     rng = np.random.default_rng(0)
@@ -221,6 +218,23 @@ def test_materialize_can_be_allowed_for_some_modules_alone():
     assert "test_plan.py:" in str(error.value), "the author's line"
     found = plan(fn, params, dataclasses.replace(config, on_unsupported=r"layer_\d"), X)
     assert all(leaf.materialized for leaf in found.adapted)
+
+
+def test_a_target_that_the_call_does_not_reach_is_refused_before_it():
+    params = {"text": {"q": jnp.eye(6)}, "vision": {"q": jnp.eye(6)}, "seen": {"q": jnp.eye(6)}}
+
+    def fn(p, x):
+        p["seen"]["q"].T.reshape(36)  # of no use
+        return x @ p["text"]["q"]
+
+    for formed in ("error", "materialize", ["q"]):
+        config = LoraConfig(target_modules=["q"], on_unsupported=formed)
+        with pytest.raises(PlanError) as error:
+            plan(fn, params, config, X)
+        for path in ("vision.q", "seen.q"):
+            assert f"{path}: the function never uses it" in str(error.value)
+        assert "text.q" not in str(error.value)
+    assert plan(fn, params, dataclasses.replace(config, target_modules=["text.q"]), X).adapted
 
 
 def test_every_bad_target_is_listed_at_once():

@@ -1,9 +1,11 @@
 """The rewriter: trace a function, plan its adapters, run its jaxpr with them.
 
-One rule for each primitive, in ``structure``, ``complexes``, ``products`` and ``calls``.
+One rule for each primitive, in ``structure``, ``complexes``, ``places``, ``repeats``, ``products``
+and ``calls``.
 """
 
-from . import calls, complexes, products, structure  # noqa: F401  (importing registers the rules)
+# Importing registers the rules.
+from . import calls, complexes, places, products, repeats, structure  # noqa: F401
 from .frugality import Frugality, frugality
 from .leaf import LeafPlan
 from .plan import Plan, plan

@@ -188,10 +188,8 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
     _tell_unmatched(config, targets, leaves)
     problems = []
     for path in sorted(targets):
-        # A weight that is formed has no place for a bias.
-        if configs.materializes(config, paths.module_of(path)) and not config.lora_bias:
-            continue
-        problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
+        if not _may_be_formed(config, path):
+            problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
         if path not in record.rejected and path not in record.sites:
             problems.append(f"{path}: the function never uses it")
     raise_all(
