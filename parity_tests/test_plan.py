@@ -61,6 +61,15 @@ def test_targets_by_suffix_regex_and_all_linear():
         (dict(target_modules=["query"], modules_to_save=["nope"]), ["modules_to_save", "nope"]),
         (dict(target_modules=["query"], rank_pattern={"nope": 2}), ["rank_pattern", "nope"]),
         (dict(target_modules=["query"], alpha_pattern={"nope": 2}), ["alpha_pattern", "nope"]),
+        (
+            dict(target_modules=["query"], output_slices={"nope": [(0, 2)], "query": [(0, 1)]}),
+            ["output_slices: got 'nope'"],
+        ),
+        (
+            dict(target_modules=["query"], output_slices={"score": [(0, 2)]}),
+            ["output_slices: got 'score'"],
+        ),
+        (dict(target_modules=["query"], on_unsupported=["nope"]), ["on_unsupported", "nope"]),
         (dict(target_modules=["norm"]), ["target_modules", "norm"]),
         (dict(target_modules=None), ["target_modules is not set", "layers.0.attn.query"]),
         (dict(target_modules=["spare"]), ["spare.kernel", "never uses"]),

@@ -303,6 +303,15 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
             modules = (owner.get(path, configs.name_in_patterns(config, path)) for path in targets)
             if not any(configs.hits(pattern, module) for module in modules):
                 yield field_name, pattern
+    for pattern in config.output_slices:
+        modules = (owner.get(path, paths.module_of(path)) for path in targets)
+        if not any(configs.hits(pattern, module) for module in modules):
+            yield "output_slices", pattern
+    named = () if config.on_unsupported in ("error", "materialize") else config.on_unsupported
+    for name in _each(named):
+        one = _alike(config.on_unsupported, name)
+        if not any(configs.matches(one, paths.module_of(path)) for path in leaves):
+            yield "on_unsupported", name
 
 
 def _each(names: Any) -> tuple[str, ...]:
