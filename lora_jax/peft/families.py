@@ -10,12 +10,11 @@ Idefics 2 and 3 have had the same names all the time; their row is for their lan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .. import paths
-from .slots import PREFIX, ROWS
+from .spelling import owner
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -143,14 +142,7 @@ def modules_of(keys: Iterable[str]) -> list[str]:
     >>> modules_of(["base_model.model.a.q.lora_A.weight", "base_model.model.head.weight"])
     ['a.q', 'head']
     """
-    return sorted({_owner(key.removeprefix(PREFIX)) for key in keys})
-
-
-_ENDING = re.compile(rf"(\.base_layer)?\.(lora_\w+(\.\w+)?|{re.escape(ROWS)}|[^.]+)$")
-
-
-def _owner(name: str) -> str:
-    return _ENDING.sub("", name).replace(".base_layer", "")
+    return sorted({owner(key) for key in keys})
 
 
 def _all(model: Iterable[str], names: Iterable[str]) -> bool:

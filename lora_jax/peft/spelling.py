@@ -36,6 +36,8 @@ _PLAIN = re.compile(
 )
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+)\.")
 
+_ENDING = re.compile(rf"(\.base_layer)?\.(lora_\w+(\.\w+)?|{re.escape(ROWS)}|[^.]+)$")
+
 _DATA_PARALLEL = "module."
 _DEFAULT = "default"
 
@@ -74,6 +76,15 @@ def plain_names(keys: Iterable[str]) -> dict[str, str]:
     keys = list(keys)
     adapters = {_DEFAULT} | {found[2] for key in keys if (found := _PAIR.search(key))}
     return {key: _plain(key, adapters) for key in keys}
+
+
+def owner(key: str) -> str:
+    """Return the module that owns a tensor of PEFT's file.
+
+    >>> owner("base_model.model.a.q.lora_A.weight"), owner("base_model.model.head.weight")
+    ('a.q', 'head')
+    """
+    return _ENDING.sub("", key.removeprefix(PREFIX)).replace(".base_layer", "")
 
 
 def _plain(key: str, adapters: set[str]) -> str:

@@ -1,11 +1,18 @@
 """The rewriter: trace a function, plan its adapters, run its jaxpr with them.
 
-One rule for each primitive, in ``structure``, ``complexes``, ``places``, ``repeats``, ``products``
-and ``calls``.
+One rule for each primitive, in the modules that are imported first.
 """
 
 # Importing registers the rules.
-from . import calls, complexes, places, products, repeats, structure  # noqa: F401
+from . import (  # noqa: F401
+    calls,
+    complexes,
+    derivatives,
+    places,
+    products,
+    repeats,
+    structure,
+)
 from .frugality import Frugality, frugality
 from .leaf import LeafPlan
 from .plan import Plan, plan

@@ -16,6 +16,7 @@ from ..adapter import IN, OUT, STACKED
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import PlanError, raise_all
 from .interpret import Record, bias_problem
+from .tokens import tied_head
 
 Leaves = Mapping[str, Any]
 
@@ -185,7 +186,7 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
         "these target_parameters cannot be adapted",
         _bare_problems(config, leaves, record),
     )
-    _tell_unmatched(config, targets, leaves)
+    _tell_unmatched(config, targets, leaves, record)
     problems = []
     for path in sorted(targets):
         if not _may_be_formed(config, path):
@@ -256,11 +257,13 @@ def _is_target(config: LoraConfig, path: str) -> bool:
     return chosen and _named(config.target_modules, path)
 
 
-def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> None:
+def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record) -> None:
     """Raise for what has no effect, or warn where the configuration is a file's and some has."""
     unmatched = list(_unmatched(config, targets, leaves))
     if unmatched and targets and config.on_unmatched == "warn":
-        listed = ", ".join(f"{name} {pattern!r}" for name, pattern in unmatched)
+        listed = ", ".join(
+            f"{name} {pattern!r}{tied_head(pattern, record)}" for name, pattern in unmatched
+        )
         warnings.warn(f"the configuration names what this model has not: {listed}", stacklevel=4)
         return
     modules = {paths.module_of(path): None for path in leaves}
@@ -269,6 +272,7 @@ def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> No
         "these patterns match no module",
         (
             f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
+            f"{tied_head(pattern, record)}"
             for name, pattern in unmatched
         ),
     )

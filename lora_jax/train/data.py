@@ -13,6 +13,7 @@ from jaxtyping import Array, Float32, Int32
 
 from .. import pointers
 from ..errors import AssetError, DataError, raise_all
+from ..intake import read_bytes
 from ..packing import token_places
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     path = Path(directory) / "tokenizer.json"
     pointers.refuse(path, AssetError)
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_bytes(path).decode("utf-8"))
     except OSError as error:
         raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
     # The library raises bare Exception for a file that it cannot parse.

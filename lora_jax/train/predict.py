@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from .. import paths
 from ..adapter import Adapters
-from ..errors import DataError, OutputError
+from ..errors import AdapterError, DataError, OutputError, raise_all
 from ..files import output_directory
-from ..merging import merge
+from ..merging import merge, overflow
 from ..models import save_model
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
@@ -97,7 +98,12 @@ def merge_to(
     if out.resolve() == classifier.directory.resolve():
         raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
     merged = merge(classifier.params, adapters)
-    return save_model(out, merged, classifier.directory, classes=classifier.classes, overwrite=True)
+    before, after = paths.flatten(classifier.params), paths.flatten(merged)
+    broken = [line for path in after for line in overflow(path, before[path], after[path])]
+    raise_all(AdapterError, "the merged weights are not finite, where the model's are", broken)
+    return save_model(
+        out, merged, classifier.directory, classes=classifier.classes, overwrite=True, note=note
+    )
 
 
 def _load(
