@@ -62,6 +62,15 @@ def test_targets_by_suffix_regex_and_all_linear():
         (dict(target_modules=["query"], modules_to_save=["nope"]), ["modules_to_save", "nope"]),
         (dict(target_modules=["query"], rank_pattern={"nope": 2}), ["rank_pattern", "nope"]),
         (dict(target_modules=["query"], alpha_pattern={"nope": 2}), ["alpha_pattern", "nope"]),
+        (
+            dict(target_modules=["query"], output_slices={"nope": [(0, 2)], "query": [(0, 1)]}),
+            ["output_slices: got 'nope'"],
+        ),
+        (
+            dict(target_modules=["query"], output_slices={"score": [(0, 2)]}),
+            ["output_slices: got 'score'"],
+        ),
+        (dict(target_modules=["query"], on_unsupported=["nope"]), ["on_unsupported", "nope"]),
         (dict(target_modules=["norm"]), ["target_modules", "norm"]),
         (dict(target_modules=None), ["target_modules is not set", "layers.0.attn.query"]),
         (dict(target_modules=["spare"]), ["spare.kernel", "never uses"]),
@@ -191,10 +200,7 @@ def test_a_use_without_a_rule_names_path_and_primitive(name):
     assert "w: " in str(error.value)
 
 
-FORMED = [name for name, (_, word) in LOUD.items() if "returns" not in word]
-
-
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", LOUD)
 def test_materialize_gives_the_merged_models_outputs_and_says_so(name):
     fn, _ = LOUD[name]
     rng = np.random.default_rng(0)
@@ -222,6 +228,23 @@ def test_materialize_can_be_allowed_for_some_modules_alone():
     assert "test_plan.py:" in str(error.value), "the author's line"
     found = plan(fn, params, dataclasses.replace(config, on_unsupported=r"layer_\d"), X)
     assert all(leaf.materialized for leaf in found.adapted)
+
+
+def test_a_target_that_the_call_does_not_reach_is_refused_before_it():
+    params = {"text": {"q": jnp.eye(6)}, "vision": {"q": jnp.eye(6)}, "seen": {"q": jnp.eye(6)}}
+
+    def fn(p, x):
+        p["seen"]["q"].T.reshape(36)  # of no use
+        return x @ p["text"]["q"]
+
+    for formed in ("error", "materialize", ["q"]):
+        config = LoraConfig(target_modules=["q"], on_unsupported=formed)
+        with pytest.raises(PlanError) as error:
+            plan(fn, params, config, X)
+        for path in ("vision.q", "seen.q"):
+            assert f"{path}: the function never uses it" in str(error.value)
+        assert "text.q" not in str(error.value)
+    assert plan(fn, params, dataclasses.replace(config, target_modules=["text.q"]), X).adapted
 
 
 def test_every_bad_target_is_listed_at_once():
