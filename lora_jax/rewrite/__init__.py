@@ -1,12 +1,13 @@
 """The rewriter: trace a function, plan its adapters, run its jaxpr with them.
 
-One rule for each primitive: ``structure``, ``complexes``, ``products``, ``calls``, ``derivatives``.
+One rule for each primitive, in the modules that are imported first.
 """
 
 from . import (  # noqa: F401  (importing registers the rules)
     calls,
     complexes,
     derivatives,
+    lookups,
     products,
     structure,
 )

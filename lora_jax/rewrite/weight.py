@@ -188,6 +188,8 @@ def use(
     for axis, labels in enumerate(weight.origin):
         letter = IN if axis in contracted else STACKED if axis in batch else OUT
         for label in labels:
+            if stacks and label in weight.looped:
+                continue  # several indices of it were taken, which may be kept or summed over
             if letters.setdefault(label, letter) != letter:
                 raise Unsupported(f"only a part of axis {label[1]} is summed over")
     if letters.get(STACK, STACKED) != STACKED:
