@@ -43,11 +43,11 @@ def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
     )
 
 
-def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
+def reshape(weight: LoraWeight, shape: Sequence[int], base: Any = None) -> LoraWeight:
     """Return the weight with whole axes split, merged, or size-1 axes added or dropped.
 
     A size-1 axis that is dropped is one that an index or a slice has left over: the adapter
-    stacks it.
+    stacks it. ``base`` is the frozen array where the author says how it is sharded then.
 
     Raises:
         Unsupported: an axis of A and an axis of B would merge, or a size-1 axis that the
@@ -71,13 +71,17 @@ def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
             if UNIT in kinds and len(kinds) > 1:
                 raise Unsupported("an axis along which the weight is repeated becomes part of one")
         origin += [labels] * len(new)
-    base = lax.reshape(weight.base, shape)
+    base = lax.reshape(weight.base, shape) if base is None else base
     moved = replace(weight, base=base, origin=tuple(origin), looped=looped)
     return moved if weight.planning else with_letters(moved, moved.letters)
 
 
-def broadcast(weight: LoraWeight, shape: Sequence[int], axes: Sequence[int]) -> LoraWeight:
+def broadcast(
+    weight: LoraWeight, shape: Sequence[int], axes: Sequence[int], base: Any = None
+) -> LoraWeight:
     """Return the weight repeated along new axes; ``axes`` are those that its own become.
+
+    ``base`` is the frozen array where the author says how it is sharded then.
 
     Raises:
         Unsupported: one of its own axes of size 1 is repeated.
@@ -86,7 +90,8 @@ def broadcast(weight: LoraWeight, shape: Sequence[int], axes: Sequence[int]) -> 
         raise Unsupported("an axis of size 1 is repeated")
     own = dict(zip(axes, weight.origin, strict=True))
     origin = tuple(own.get(axis, frozenset()) for axis in range(len(shape)))
-    return replace(weight, base=lax.broadcast_in_dim(weight.base, shape, axes), origin=origin)
+    base = lax.broadcast_in_dim(weight.base, shape, axes) if base is None else base
+    return replace(weight, base=base, origin=origin)
 
 
 def cut(

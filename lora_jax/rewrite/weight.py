@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
+from . import meshes
 from .registry import Unsupported
 
 Label = tuple[int, int]
@@ -150,6 +151,7 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
         tuple(base.shape),
         adapter.masked,
     )
+    adapter = meshes.entered(adapter)
     gain, bias = changes.gain(base, adapter), changes.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
     turned = jnp.issubdtype(a.dtype, jnp.complexfloating)
