@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Inexact
 
 from . import indices, paths
 from .errors import AdapterError, raise_all
+from .serializing import register, tell_flax
 
 T = TypeVar("T")
 
@@ -78,10 +79,16 @@ def pytree(cls: type[T]) -> type[T]:
         vars(tree).update(rest)
         return tree
 
+    def getstate(tree: T) -> dict[str, Any]:
+        return {name: value for name, value in vars(tree).items() if name != "_aux"}
+
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    # What another version keeps beside the fields may differ.
+    cls.__getstate__ = getstate  # pyright: ignore[reportAttributeAccessIssue]
     return cls
 
 
+@register
 @pytree
 @dataclass(frozen=True)
 class Adapter:
@@ -126,7 +133,11 @@ class Adapter:
     )
     masked: bool = field(default=False, metadata=dict(static=True))
 
+    def __post_init__(self) -> None:
+        tell_flax()
 
+
+@register
 @pytree
 @dataclass(frozen=True)
 class Full:
@@ -138,7 +149,11 @@ class Full:
 
     value: Inexact[Array, "..."]
 
+    def __post_init__(self) -> None:
+        tell_flax()
 
+
+@register
 @pytree
 @dataclass(frozen=True)
 class Rows:
@@ -159,6 +174,9 @@ class Rows:
     indices: tuple[int, ...] = field(metadata=dict(static=True))
     axes: str = field(default="io", metadata=dict(static=True))
     axis: int = field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        tell_flax()
 
 
 Entry = Adapter | Full | Rows

@@ -172,9 +172,24 @@ def gain(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stack
     if adapter.magnitude is None:
         return None
     norm = lax.stop_gradient(dora_norm(weight, adapter))
-    return jnp.expand_dims(
-        adapter.magnitude / jnp.where(norm == 0, 1, norm), adapter.axes.count(STACKED)
-    )
+    ratio = present(adapter.magnitude / jnp.where(norm == 0, 1, norm), adapter)
+    return jnp.expand_dims(ratio, adapter.axes.count(STACKED))
+
+
+def present(ratio: Float[Array, "*gain"], adapter: Adapter) -> Float[Array, "*gain"]:
+    """Return DoRA's gain, and exactly 1 where there is no adapter: ``m = 0`` and ``s = 0``.
+
+    That is what ``many.select`` gives an example without one. A magnitude that is 0 beside a scale
+    is a trained one.
+
+    >>> absent = Adapter(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 0.0, magnitude=jnp.zeros(2))
+    >>> present(jnp.zeros(2), absent).tolist()
+    [1.0, 1.0]
+    """
+    if is_number(adapter.scale) and adapter.scale != 0:
+        return ratio
+    absent = (jnp.asarray(adapter.scale) == 0) & (adapter.magnitude == 0)
+    return jnp.where(absent, 1, ratio)
 
 
 def _parts_of(dtype: DTypeLike) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:

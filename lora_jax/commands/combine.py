@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from ..adapter import Entry, Full
 from ..combining import combination_error, combine
-from ..peft import fitted, open_adapter, write_adapter
+from ..errors import AdapterError, raise_all
+from ..peft import AdapterFile, fitted, open_adapter, write_adapter
+from ..peft.carried import base_weights
 from ..peft.halves import LOOKED_UP
+from ..shown import escaped
 from .tables import table
 
 
@@ -50,7 +56,11 @@ def combine_files(options: CombineOptions) -> str:
         OutputError: ``out`` cannot be written.
     """
     opened = [open_adapter(directory) for directory in options.adapters]
-    trees = [adapters for _, adapters in opened]
+    _refuse_other_tokens(opened, options.adapters)
+    base = _base(opened)
+    trees = [
+        {name: one for name, one in adapters.items() if name not in base} for _, adapters in opened
+    ]
     share = 1 / max(len(trees), 1)
     weights = options.weights or (share,) * len(trees)
     combined = combine(
@@ -66,7 +76,7 @@ def combine_files(options: CombineOptions) -> str:
     write_adapter(
         options.out,
         fitted(opened[0][0], combined),
-        combined,
+        {**combined, **base},
         embeddings=[name for name, one in combined.items() if one.axes == LOOKED_UP],
         overwrite=options.overwrite,
     )
@@ -76,7 +86,38 @@ def combine_files(options: CombineOptions) -> str:
     return "\n".join(
         [
             table(("module", "r", "error against the exact sum"), rows),
-            *(note if len(bases) > 1 else []),
-            f"the combination is in {options.out}",
+            *map(escaped, note if len(bases) > 1 else []),
+            f"the combination is in {escaped(options.out)}",
         ]
     )
+
+
+Opened = Sequence[tuple[AdapterFile, Mapping[str, Entry]]]
+
+
+def _refuse_other_tokens(opened: Opened, names: Sequence[Path]) -> None:
+    """Raise where adapters would act on other tokens of one text than they were trained for."""
+    field = "alora_invocation_tokens"
+    found = {
+        name: getattr(file.config, field) for name, (file, _) in zip(names, opened, strict=True)
+    }
+    different = len({tokens or None for tokens in found.values()}) > 1
+    lines = [f"{name}: {field} is {tokens}" for name, tokens in found.items() if different]
+    raise_all(AdapterError, "these adapters act on different parts of a text", lines)
+
+
+def _base(opened: Opened) -> dict[str, Full]:
+    """Return the base weights that these adapters carry, which must be of one base.
+
+    Raises:
+        AdapterError: lists those that differ.
+    """
+    base: dict[str, Full] = {}
+    problems = {}
+    for file, adapters in opened:
+        for name, one in base_weights(file.config, adapters).items():
+            first = base.setdefault(name, one)
+            if not np.array_equal(np.asarray(first.value), np.asarray(one.value)):
+                problems[name] = f"{name}: the adapters carry different base weights"
+    raise_all(AdapterError, "these adapters are of different models", problems.values())
+    return base

@@ -10,9 +10,10 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from . import meshes
+from . import meshes, passing
 from . import weight as weights
 from .interpret import Call
+from .passing import scan_counts
 from .registry import Unsupported, rule
 from .weight import LoraWeight
 
@@ -42,10 +43,11 @@ def remat(call: Call, *operands: Any) -> list[Any]:
 @rule("scan")
 def scan(call: Call, *operands: Any) -> list[Any]:
     """Scan over base, A and B together; a weight that is not scanned over is closed over."""
-    num_consts, num_carry = _scan_counts(call)
+    num_consts, num_carry = scan_counts(call.eqn)
     consts, init = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs = operands[num_consts + num_carry :]
     carry = _Carry(call.jaxpr.jaxpr, num_consts, init)
+    passed = _Passed(passing.of_scan(call.eqn)[num_carry:], operands)
 
     key = call.record.dropout_key
     keys = None if key is None else jax.random.split(key, call.params["length"])
@@ -58,13 +60,13 @@ def scan(call: Call, *operands: Any) -> list[Any]:
         ]
         whole = carry.whole(carried)
         outs = call.interpret(call.jaxpr, *consts, *whole, *steps, dropout_key=step_key)
-        _refuse_weights(outs[num_carry:], "the loop returns the weight")
-        return carry.moving(outs[:num_carry]), outs[num_carry:]
+        made = passed.made(outs[num_carry:], "the loop returns the weight")
+        return carry.moving(outs[:num_carry]), made
 
     parts = [weights.split(x) if isinstance(x, LoraWeight) else x for x in xs]
     options = {name: call.params[name] for name in ("length", "reverse", "unroll")}
     carried, ys = lax.scan(body, carry.moving(init), (parts, keys), **options)
-    return [*carry.whole(carried), *ys]
+    return [*carry.whole(carried), *passed.whole(ys)]
 
 
 @rule("while")
@@ -97,6 +99,7 @@ def cond(call: Call, index: Any, *operands: Any) -> list[Any]:
     if isinstance(index, LoraWeight):
         raise Unsupported("the weight decides which branch is taken")
     moving = [None if isinstance(value, LoraWeight) else value for value in operands]
+    passed = _Passed(passing.of_cond(call.eqn), (index, *operands))
 
     def branch(part: int, closed: core.ClosedJaxpr) -> Any:
         def run(moving: list[Any]) -> list[Any]:
@@ -105,13 +108,12 @@ def cond(call: Call, index: Any, *operands: Any) -> list[Any]:
                 for value, moved in zip(operands, moving, strict=True)
             ]
             outs = call.interpret(closed, *values, part=part)
-            _refuse_weights(outs, "a branch returns the weight")
-            return outs
+            return passed.made(outs, "a branch returns the weight")
 
         return run
 
     branches = [branch(part, closed) for part, closed in enumerate(call.params["branches"])]
-    return lax.switch(index, branches, moving)
+    return passed.whole(lax.switch(index, branches, moving))
 
 
 @rule("shard_map")
@@ -126,6 +128,7 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
         _placed(value, spec, call.params["mesh"]) if isinstance(value, LoraWeight) else value
         for value, spec in zip(operands, specs, strict=True)
     ]
+    passed = _Passed(passing.of_shard_map(call.eqn), operands)
 
     def body(*parts: Any) -> tuple[Any, ...]:
         local = [
@@ -133,18 +136,17 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
             for value, part in zip(operands, parts, strict=True)
         ]
         outs = call.interpret(call.jaxpr, *local)
-        _refuse_weights(outs, "the shards' function returns the weight")
-        return tuple(outs)
+        return tuple(passed.made(outs, "the shards' function returns the weight"))
 
     mapped = jax.shard_map(
         body,
         mesh=call.params["mesh"],
         in_specs=tuple(specs),
-        out_specs=tuple(call.params["out_specs"]),
+        out_specs=tuple(passed.made(call.params["out_specs"], "")),
         axis_names=set(call.params["newly_manual_axes"]),
         check_vma=call.params["check_vma"],
     )
-    return list(mapped(*parts))
+    return passed.whole(mapped(*parts))
 
 
 def _placed(weight: LoraWeight, specs: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
@@ -154,12 +156,29 @@ def _placed(weight: LoraWeight, specs: Sequence[Any], mesh: Any) -> tuple[Any, .
     return base, *(None if x is None else meshes.placed(x, spec, mesh) for x, spec in named)
 
 
-def _scan_counts(call: Call) -> tuple[int, int]:
-    """Return how many operands of a scan are constants and how many are carried."""
-    if "ft_in" in call.params:  # since jax 0.12
-        consts, carry, _ = map(len, call.params["ft_in"].unpack())
-        return consts, carry
-    return call.params["num_consts"], call.params["num_carry"]
+@dataclass(frozen=True)
+class _Passed:
+    """The outputs of a call that are weights which went into it, unchanged: not formed again."""
+
+    places: passing.Places
+    operands: Sequence[Any]
+
+    @property
+    def weights(self) -> dict[int, LoraWeight]:
+        """The weights, by their place among the outputs."""
+        found = {n: self.operands[k] for n, k in enumerate(self.places) if k is not None}
+        return {n: value for n, value in found.items() if isinstance(value, LoraWeight)}
+
+    def made(self, outs: Sequence[Any], why: str) -> list[Any]:
+        """Return the other outputs, which must be arrays."""
+        made = [out for n, out in enumerate(outs) if n not in self.weights]
+        _refuse_weights(made, why)
+        return made
+
+    def whole(self, made: Sequence[Any]) -> list[Any]:
+        """Return all outputs."""
+        rest, weights = iter(made), self.weights
+        return [weights[n] if n in weights else next(rest) for n in range(len(self.places))]
 
 
 @dataclass(frozen=True)
@@ -185,8 +204,9 @@ class _Carry:
 
     def moving(self, whole: Sequence[Any]) -> list[Any]:
         """Return the carry without its weights."""
-        for n in self.fixed:
-            if self.body.outvars[n] is not self.body.invars[self.num_consts + n]:
+        if self.fixed:
+            same = passing.carried(self.body, self.num_consts, len(self.init))
+            if not all(same[n] for n in self.fixed):
                 raise Unsupported("the loop changes the weight from step to step")
         moving = [value for n, value in enumerate(whole) if n not in self.fixed]
         _refuse_weights(moving, "the loop's carry becomes the weight")

@@ -28,7 +28,8 @@ from ..initializers import (
     kind_problem,
     reads_more,
 )
-from . import select, survey, tokens
+from . import left_out, select, survey, tokens
+from .given import Given
 from .interpret import Record
 from .leaf import TRAINED, LeafPlan
 from .table import render
@@ -45,6 +46,9 @@ class Plan:
         full: the parameters to train in full, by path, as they are in the model.
         normed: the parameters whose norms DoRA starts from, likewise.
         rows: the parameters of which some rows are trained, likewise.
+        of_changed_base: whether the parameters are those that an initialisation returned (see
+            ``for_changed_base``).
+        given: the parameters, for as long as somebody else keeps them.
     """
 
     config: LoraConfig
@@ -52,6 +56,8 @@ class Plan:
     full: Mapping[str, Any] = field(repr=False)
     normed: Mapping[str, Any] = field(default_factory=dict, repr=False)
     rows: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    of_changed_base: bool = False
+    given: Given = field(default_factory=lambda: Given({}), repr=False, compare=False)
 
     @property
     def adapted(self) -> tuple[LeafPlan, ...]:
@@ -164,6 +170,8 @@ def plan(
     select.refuse_hanging(config, leaves)
     traced = trace(fn, params, args, kwargs)
     record = survey.survey(traced)
+    if config.target_modules == configs.ALL_LINEAR:
+        record.left_out.update(left_out.weights(traced, record))
     targets = select.targets(config, leaves, record)
     select.reject_pairs(targets, record)
     select.reject_shared(config, leaves, record)
@@ -186,11 +194,15 @@ def plan(
         for row in _decide(config, path, leaves, targets, saved, record, owners.get(path, ""))
     )
     adapted = tuple(row for row in rows if row.adapted)
+    if config.target_modules == configs.ALL_LINEAR and not adapted:
+        left_out.reject_nothing({row.path: row.why for row in rows if len(row.shape) > 1})
+    left_out.warn(select.left_out(config, leaves, record))
     _check_slices(adapted)
     _check_inits(config, adapted)
     full = {path: leaves[path] for path in leaves if path in saved}
     normed = {row.path: leaves[row.path] for row in adapted if row.dora}
-    return Plan(config, rows, full, normed, {path: leaves[path] for path in trained})
+    by_rows = {path: leaves[path] for path in trained}
+    return Plan(config, rows, full, normed, by_rows, given=Given(leaves))
 
 
 def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Record:
