@@ -12,6 +12,7 @@ import safetensors
 from .. import pointers
 from ..errors import AdapterError
 from ..intake import parse_json, problem_of, read_bytes, reason, require_regular
+from ..journal import settle
 from ..peft import AdapterFile, load_adapter_file
 from ..peft.files import CONFIG_NAME, WEIGHTS_NAME, write_directory
 from ..peft.layouts import converted
@@ -57,6 +58,7 @@ def convert_files(options: ConvertOptions) -> str:
     """
     source, recorded = options.source, None
     if source.is_dir():
+        settle(source, AdapterError)
         if (source / CONFIG_NAME).exists():
             recorded = load_adapter_file(source)
         source = source / WEIGHTS_NAME

@@ -15,16 +15,17 @@ from ..alora import refuse_masked
 from ..changes import merged, scaled_bias
 from ..errors import AdapterError, OutputError, raise_all
 from ..factors import pairs_of
-from ..files import write_atomic
+from ..files import claimed
 from ..intake import parse_json, read_bytes
 from ..merging import Rounding, overflow, rounding, warnings_of
+from ..models import refuse_other_layout
 from ..peft.bare import look
 from ..peft.files import CONFIG_NAME
 from ..peft.halves import LOOKED_UP
 from ..peft.tensors import changed_base
 from ..rewrite.tokens import is_input_embedding
 from ..shown import escaped
-from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file, staged
+from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file
 from .placing import biases, is_tied, place, refuse_unmet, renamed, without_tied
 from .tables import table
 
@@ -67,7 +68,9 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
     report: dict[str, Rounding] = {}
     broken: list[str] = []
-    with staged(out, overwrite=overwrite) as staging:
+    claim = claimed(out, overwrite=overwrite, remove_empty=True)
+    with claim as output, output.filling() as draft:
+        refuse_other_layout(out, checkpoint.files)
         for name, keys in checkpoint.files.items():
             tensors, metadata = read_file(model / name)
             for key in keys:
@@ -75,8 +78,8 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
                     old, tensors[key] = tensors[key], _changed(key, tensors[key], changes, report)
                     broken += overflow(key, old, tensors[key])
             raise_all(AdapterError, _OVERFLOW, broken)
-            write_atomic({staging / name: safetensors.numpy.save(tensors, metadata=metadata)})
-        left_out = copy_others(checkpoint, staging)
+            (draft / name).write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+        left_out = copy_others(checkpoint, draft)
     return "\n".join([*(f"note: {note}" for note in notes), _told(report, changes, left_out, out)])
 
 

@@ -9,19 +9,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .. import paths
 from ..adapter import Adapters
 from ..errors import (
-    AdapterError,
     ConfigError,
     DataError,
     OutputError,
     TrainingError,
     raise_all,
 )
-from ..files import output_directory
-from ..merging import merge, overflow
-from ..models import save_model
+from ..files import claimed
+from ..merging import merge
+from ..models import model_files, refuse_other_layout
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
 from ..shown import shortened
@@ -117,17 +115,17 @@ def merge_to(
         LoraError: adapter and model cannot be read or do not fit, or ``out`` cannot be written.
     """
     read_record(directory)
-    out = output_directory(out, overwrite=overwrite)
-    classifier, adapters = _load(directory, model, 1, cache, note)
-    if out.resolve() == classifier.directory.resolve():
-        raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
-    merged = merge(classifier.params, adapters)
-    before, after = paths.flatten(classifier.params), paths.flatten(merged)
-    broken = [line for path in after for line in overflow(path, before[path], after[path])]
-    raise_all(AdapterError, "the merged weights are not finite, where the model's are", broken)
-    return save_model(
-        out, merged, classifier.directory, classes=classifier.classes, overwrite=True, note=note
-    )
+    with claimed(out, overwrite=overwrite) as output:
+        classifier, adapters = _load(directory, model, 1, cache, note)
+        if output.directory.resolve() == classifier.directory.resolve():
+            raise OutputError(
+                f"{out} holds the base model, which stays as it is; choose another place"
+            )
+        merged = merge(classifier.params, adapters)
+        files = model_files(merged, classifier.directory, classes=classifier.classes, note=note)
+        refuse_other_layout(output.directory, files)
+        output.write(files)
+    return output.directory
 
 
 def _load(
