@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import cli, commands
 from lora_jax.cli import main
+from lora_jax.commands import merge as merging
+from lora_jax.errors import OutputError
 from lora_jax.models import planning
 from lora_jax.parity import suite
 from lora_jax.parity.checks import Check
@@ -246,6 +248,25 @@ def test_a_head_shares_the_embedding_unless_the_model_says_otherwise(tmp_path, c
     merged = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
     change = 2.0 * (pair[f"{name}B"] @ pair[f"{name}A"]).T
     np.testing.assert_allclose(merged, weight + change, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merge_that_fails_leaves_the_directory_that_was_there(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OutputError("No space left on device")
+
+    save_adapter(tmp_path / "adapter", 1)
+    tensors = {f"{name}.weight": np.zeros((5, 6), "f4") for name in SIZES}
+    model = stored(tmp_path / "model", tensors)
+    monkeypatch.setattr(merging, "write_atomic", full)
+    for there in (True, False):
+        out = tmp_path / f"out{there}"
+        if there:
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+        words = ["merge", model, tmp_path / "adapter", out, "--overwrite"]
+        assert "No space left" in run(capsys, *words, code=2).err
+        assert out.exists() == there
+    assert [path.read_text() for path in (tmp_path / "outTrue").iterdir()] == ["mine"]
 
 
 def test_an_alora_is_not_merged(tmp_path, capsys):

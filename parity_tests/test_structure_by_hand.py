@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +94,21 @@ def test_what_the_author_freezes_does_not_learn():
     gradients = jax.grad(lambda adapters: lora(fn)(params, adapters, x).sum())(adapters)
     moved = {path: bool(one.a.any() and one.b.any()) for path, one in gradients.items()}
     assert moved == {"v": True, "w": False}
+
+
+def test_a_scale_that_is_an_array_counts_and_gets_no_gradient():
+    params, adapters, x = drawn()
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    def loss(scale, b):
+        own = {"w": dataclasses.replace(adapters["w"], scale=scale, b=b)}
+        return lora(fn)(params, own, x).sum()
+
+    value, (of_scale, of_b) = jax.value_and_grad(loss, (0, 1))(jnp.array(2.0), adapters["w"].b)
+    np.testing.assert_allclose(value, loss(2.0, adapters["w"].b), rtol=1e-5)
+    assert of_scale == 0 and of_b.any()
 
 
 def test_ranges_of_one_weight_are_merged_where_they_are():
