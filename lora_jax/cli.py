@@ -66,7 +66,8 @@ class MergeOptions:
             new or empty directory.
         overwrite: replace files of the same name; others stay.
         model: of `finetune`'s output: the base model, if it is no longer where the adapter says.
-        cache: where downloads are kept; if not given, LORA_JAX_CACHE or the user's cache.
+        cache: of `finetune`'s output: where downloads are kept; if not given, LORA_JAX_CACHE or
+            the user's cache.
     """
 
     paths: tuple[Path, ...]
@@ -202,6 +203,9 @@ def _predict(options: PredictOptions) -> int:
 
 def _merge(options: MergeOptions) -> int:
     if len(options.paths) == 3:
+        beside = {"--model": options.model, "--cache": options.cache}
+        if odd := [name for name, value in beside.items() if value is not None]:
+            return _fail(f"{', '.join(odd)}: of DIRECTORY OUT, not of MODEL ADAPTER OUT", BAD_INPUT)
         print(commands.merge_files(*options.paths, overwrite=options.overwrite))
         return 0
     if len(options.paths) != 2:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import changes, lowrank, paths
 from . import rows as rows_of
 from .adapter import Adapter, Adapters, Full, Rows, check_fit
 from .alora import refuse_masked
+from .buffers import apart
 from .errors import AdapterError, raise_all
 
 # A tenth of ΔW is more than rounding may take unsaid.
@@ -56,7 +58,8 @@ def merge(params: Any, adapters: Adapters) -> Any:
 
     The sum is formed in at least float32 and rounded once to the weight's dtype. Leaves
     or rows trained in full are put in. An adapter's bias goes into the bias of the same module,
-    ``b + s·bias``, in the same way. To undo a merge, keep ``params``.
+    ``b + s·bias``, in the same way. To undo a merge, keep ``params``: what is returned shares no
+    array with it, so either may be donated.
 
     Args:
         params: the frozen parameters, any pytree.
@@ -65,7 +68,7 @@ def merge(params: Any, adapters: Adapters) -> Any:
     Raises:
         AdapterError: an adapter has no parameter, does not fit its shape, or is an aLoRA's, which
             acts on a part of the tokens; or lists those with a bias whose module has none, or one
-            of another shape.
+            of another shape; or lists the weights of 8 bits that cannot hold the sum.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.adapter import Adapter
@@ -89,7 +92,22 @@ def merge(params: Any, adapters: Adapters) -> Any:
         if name in own:
             bias: Any = changed.get(own[name], leaves[own[name]])
             changed[own[name]] = lowrank.add(bias, _bias_change(adapter, bias))
-    return paths.replace(params, changed)
+    raise_all(AdapterError, "these sums are beyond what the weights hold", _overflows(changed))
+    return apart(paths.replace(params, changed), params, adapters)
+
+
+def _overflows(merged: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the weights of 8 bits and fewer that are no longer finite; a large one is NaN there."""
+    for path, weight in merged.items():
+        if not lowrank.is_tiny(weight.dtype) or isinstance(weight, Tracer):
+            continue
+        wrong = int((~jnp.isfinite(jnp.asarray(weight, jnp.float32))).sum())
+        if wrong:
+            largest = float(jnp.finfo(weight.dtype).max)
+            yield (
+                f"{path}: {wrong:,} values are not finite in {weight.dtype.name}, which ends at "
+                f"{largest:g}; merge into a copy of another dtype"
+            )
 
 
 def bias_paths(leaves: Mapping[str, Any], adapters: Adapters) -> dict[str, str]:

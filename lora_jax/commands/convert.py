@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from .. import pointers
 from ..errors import AdapterError
+from ..intake import parse_json, problem_of, read_bytes, reason, require_regular
 from ..peft import AdapterFile, load_adapter_file
 from ..peft.files import CONFIG_NAME, WEIGHTS_NAME, write_directory
 from ..peft.layouts import converted
@@ -81,7 +82,7 @@ def convert_files(options: ConvertOptions) -> str:
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
+    if problem_of(path) == "missing":
         raise AdapterError(f"{path} is missing")
     if path.suffix != ".safetensors":
         raise AdapterError(
@@ -89,25 +90,31 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
             "you trust it, make one in PyTorch by safetensors.torch.save_file("
             f"torch.load({path.name!r}, weights_only=True), 'adapter.safetensors')"
         )
+    pointers.refuse(path, AdapterError)
     try:
+        require_regular(path)
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+        raise AdapterError(f"{path} is not a whole safetensors file: {reason(error)}") from error
 
 
 def _modules(path: Path) -> frozenset[str]:
     """Return the names in a JSON list, or the owners of a safetensors file's tensors."""
+    pointers.refuse(path, AdapterError)
     if path.suffix == ".safetensors":
         try:
+            require_regular(path)
             with safetensors.safe_open(path, framework="numpy") as file:
                 return frozenset(key.rpartition(".")[0] for key in file.keys())  # noqa: SIM118
         except (safetensors.SafetensorError, OSError) as error:
-            raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+            raise AdapterError(
+                f"{path} is not a whole safetensors file: {reason(error)}"
+            ) from error
     try:
-        names = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"cannot read {path} as JSON: {error}") from error
+        names = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"cannot read {path} as JSON: {reason(error)}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"{path}: wanted a JSON list of the names of modules")
     return frozenset(names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,24 +13,24 @@ from .. import lowrank, paths, rows
 from ..adapter import Adapter, Entry, Full, Rows
 from ..alora import refuse_masked
 from ..changes import merged, scaled_bias
-from ..errors import AdapterError, AssetError, OutputError, raise_all
+from ..errors import AdapterError, OutputError, raise_all
 from ..factors import pairs_of
 from ..files import write_atomic
+from ..intake import parse_json, read_bytes
 from ..merging import Rounding, overflow, rounding, warnings_of
 from ..peft.bare import look
 from ..peft.files import CONFIG_NAME
 from ..peft.halves import LOOKED_UP
 from ..peft.tensors import changed_base
 from ..rewrite.tokens import is_input_embedding
-from .checkpoint import Checkpoint, copy_others, read_checkpoint, read_file, staged
-from .placing import biases, place, refuse_unmet, without_tied
+from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file, staged
+from .placing import biases, family_of, is_tied, place, plain_names, refuse_unmet, without_tied
 from .tables import table
 
 Entries = Mapping[str, Entry]
 Changes = Mapping[str, Sequence[Entry]]
 
 _OVERFLOW = "the merged weights are not finite, where the model's are, and nothing was written"
-_WITH_HEADS = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "DoubleHeads")
 
 
 def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> str:
@@ -65,6 +64,9 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
     for given in (model, adapter):
         if given.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
+    family = family_of(adapters, checkpoint.shapes)
+    if family:
+        notes = [family.told(plain_names(adapters).values()), *notes]
     report: dict[str, Rounding] = {}
     broken: list[str] = []
     with staged(out, overwrite=overwrite) as staging:
@@ -81,20 +83,12 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
 
 
 def _says_transposed(adapter: Path) -> bool:
-    return json.loads((adapter / CONFIG_NAME).read_bytes()).get("fan_in_fan_out") is True
+    return parse_json(read_bytes(adapter / CONFIG_NAME)).get("fan_in_fan_out") is True
 
 
 def _refuse_tied(adapters: Entries, checkpoint: Checkpoint) -> None:
     """Raise where the output head reads an adapted embedding's weight, which the adapter spares."""
-    path = checkpoint.directory / "config.json"
-    try:
-        config = json.loads(path.read_bytes()) if path.is_file() else {}
-        kinds = " ".join(config.get("architectures") or ())
-        tied = config.get("tie_word_embeddings", True)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise AssetError(f"{path} is not a model's configuration: {error!r}") from error
-    has_head = any(kind in kinds for kind in _WITH_HEADS)
-    if not tied or not has_head or any("lm_head.weight" in key for key in checkpoint.shapes):
+    if not is_tied(checkpoint):
         return
     raise_all(
         AdapterError,
@@ -141,7 +135,7 @@ def _changed(
     return np.ascontiguousarray(np.asarray(array))
 
 
-def _told(report: Mapping[str, Rounding], changes: Changes, left_out: list[str], out: Path) -> str:
+def _told(report: Mapping[str, Rounding], changes: Changes, left_out: LeftOut, out: Path) -> str:
     rows = [
         (key, one.dtype, f"{one.changed:,}", f"{one.unchanged:,}", f"{one.error:.3g}")
         for key, one in sorted(report.items())
@@ -158,6 +152,5 @@ def _told(report: Mapping[str, Rounding], changes: Changes, left_out: list[str],
         if isinstance(one, Adapter) and key not in report
     ]
     warned = [f"warning: {line}" for line in warnings_of(report)]
-    others = [f"not copied, as they hold the old weights: {', '.join(left_out)}"]
-    lines = [table(headings, rows), *full, *warned, *(others if left_out else [])]
+    lines = [table(headings, rows), *full, *warned, *left_out.lines()]
     return "\n".join([*lines, f"the merged model is in {out}"])

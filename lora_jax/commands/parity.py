@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ParityError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import read_bytes, reason
 from ..parity.against import differences
 from ..parity.checks import LEVELS, Check, CheckResult
 from ..parity.compare import compare
@@ -181,9 +182,9 @@ def read_report(path: Path) -> Report:
         ParityError: it cannot be read or is none.
     """
     try:
-        return from_json(path.read_text("utf-8"))
+        return from_json(read_bytes(path).decode())
     except (OSError, UnicodeDecodeError) as error:
-        raise ParityError(f"cannot read {path}: {error}") from error
+        raise ParityError(f"cannot read {path}: {reason(error)}") from error
 
 
 def select(checks: Sequence[Check], levels: str | None, only: str | None) -> list[Check]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .. import indices
+from .. import config as configs
+from .. import indices, paths, pointers
 from ..adapter import Adapter, Entry, Full, Rows
 from ..config import LoraConfig, matches
-from ..errors import AdapterError, raise_all
+from ..errors import AdapterError, AssetError, raise_all
 from ..factors import pairs_of
+from ..intake import parse_json, problem_of, read_bytes, reason
+from ..peft import families
 from ..peft.carried import is_vocabulary
 from ..peft.halves import LINEAR, LOOKED_UP
 from ..peft.tying import HEAD
@@ -22,6 +25,12 @@ from .checkpoint import Checkpoint
 Changes = Mapping[str, Entry]
 
 _FLOATS = ("F32", "F16", "BF16")
+_WITH_HEADS = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "DoubleHeads")
+
+_TIED = (
+    ", as its output head shares the embedding's weight (tie_word_embeddings); save the model with "
+    "a head of its own, or keep the adapter apart"
+)
 
 
 def place(
@@ -30,7 +39,8 @@ def place(
     """Return the adapters by the names of the stored tensors, with the stored axes.
 
     A base model is stored with or without its own prefix, ``bert.`` say; one prefix is put on
-    or taken off for all names together. A ``Conv1D`` is stored the other way round: shapes
+    or taken off for all names together. Where that does not do, a known family's other names
+    are the model's (``peft.families``). A ``Conv1D`` is stored the other way round: shapes
     tell, and where a weight is square, what the others of this adapter are.
 
     Args:
@@ -135,20 +145,52 @@ def refuse_unmet(config: LoraConfig, adapters: Changes, checkpoint: Checkpoint) 
 
 def stored_names(adapters: Changes, stored: Mapping[str, Any]) -> dict[str, str]:
     """Return the stored tensor's name of every adapter, in the way that finds most of them."""
-    plain = {n: n if isinstance(one, Full) else f"{n}.weight" for n, one in adapters.items()}
-    best = max(
-        _ways(plain.values(), stored),
-        key=lambda way: sum(way(key) in stored for key in plain.values()),
-    )
+    plain = plain_names(adapters)
+    if renamed := family_of(adapters, stored):
+        return {name: renamed.to_model(key) for name, key in plain.items()}
+    best = _prefixing(plain, stored)
     return {name: best(key) for name, key in plain.items()}
 
 
-def _ways(keys: Any, stored: Mapping[str, Any]) -> Iterator[Callable[[str], str]]:
-    yield str
-    for first in sorted({key.partition(".")[0] for key in keys}):
-        yield lambda key, first=first: key.removeprefix(f"{first}.")
+def plain_names(adapters: Changes) -> dict[str, str]:
+    """Return the parameter of each entry: a pair is named by its module."""
+    return {n: n if isinstance(one, Full) else f"{n}.weight" for n, one in adapters.items()}
+
+
+def _prefixing(plain: Mapping[str, str], stored: Mapping[str, Any]) -> Callable[[str], str]:
+    ways: list[Callable[[str], str]] = [str]
+    for first in sorted({key.partition(".")[0] for key in plain.values()}):
+        ways.append(lambda key, first=first: key.removeprefix(f"{first}."))
     for first in sorted({key.partition(".")[0] for key in stored}):
-        yield lambda key, first=first: f"{first}.{key}"
+        ways.append(lambda key, first=first: f"{first}.{key}")
+    return max(ways, key=lambda way: sum(way(key) in stored for key in plain.values()))
+
+
+def family_of(adapters: Changes, stored: Mapping[str, Any]) -> families.Rename | None:
+    """Return how a family's other names become the model's, where no prefix alone does it."""
+    plain = plain_names(adapters)
+    prefixed = map(_prefixing(plain, stored), plain.values())
+    if all(key in stored for key in prefixed):
+        return None
+    return families.find(sorted(plain.values()), stored.keys())
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Tell whether the model has an output head that shares the embedding's weight."""
+    path = checkpoint.directory / "config.json"
+    pointers.refuse(path, AssetError)
+    try:
+        config = parse_json(read_bytes(path)) if problem_of(path) != "missing" else {}
+        kinds = " ".join(config.get("architectures") or ())
+        tied = config.get("tie_word_embeddings", True)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise AssetError(f"{path} is not a model's configuration: {reason(error)}") from error
+    has_head = any(kind in kinds for kind in _WITH_HEADS)
+    return bool(tied) and has_head and not any("lm_head.weight" in key for key in checkpoint.shapes)
+
+
+def _is_tied_head(key: str, checkpoint: Checkpoint) -> bool:
+    return configs.is_output_head(paths.module_of(key)) and is_tied(checkpoint)
 
 
 def _is_copy(head: Entry, embedding: Entry) -> bool:
@@ -169,7 +211,7 @@ def _is_copy(head: Entry, embedding: Entry) -> bool:
 def _misfit(key: str, one: Entry, checkpoint: Checkpoint) -> list[str]:
     shape, dtype = checkpoint.shapes.get(key), checkpoint.dtypes.get(key)
     if shape is None:
-        return [f"{key}: not in the model"]
+        return [f"{key}: not in the model{_TIED if _is_tied_head(key, checkpoint) else ''}"]
     if dtype not in _FLOATS:
         return [f"{key}: stored as {dtype}, wanted one of {', '.join(_FLOATS)}"]
     if isinstance(one, Rows):

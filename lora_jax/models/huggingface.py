@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .. import paths
+from .. import paths, pointers
 from ..assets import check_model, resolve_model
 from ..errors import AssetError, ConfigError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import is_inside, read_bytes, require_regular
 from .bert import BertConfig, BertForSequenceClassification, BertModel, read_json
 
 Params = Mapping[str, Any]
@@ -139,6 +141,7 @@ def save_model(
     *,
     classes: tuple[str, ...] | None = None,
     overwrite: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a full model that ``transformers`` loads: weights, ``config.json``, tokenizer files.
 
@@ -150,6 +153,7 @@ def save_model(
         source_directory: the model that the parameters came from.
         classes: the label names, in order; ``LABEL_0``, … when not given.
         overwrite: replace files of the same name.
+        note: called with a line where a tokenizer's file is a link out of the source.
 
     Returns:
         The directory.
@@ -174,10 +178,13 @@ def save_model(
         target / "model.safetensors": save(tensors, metadata={"format": "pt"}),
         target / "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            contents[target / name] = (source / name).read_bytes()
+    there = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
+    own = [name for name in there if is_inside(source / name, source)]
+    contents |= {target / name: read_bytes(source / name) for name in own}
     write_atomic(contents)
+    if note is not None and len(own) < len(there):
+        others = ", ".join(name for name in there if name not in own)
+        note(f"not copied, as they are no regular files of the model's directory: {others}")
     return target
 
 
@@ -265,7 +272,9 @@ def _has_prefix(path: Path) -> bool:
 
 @contextmanager
 def _open_weights(path: Path) -> Iterator[Any]:
+    pointers.refuse(path, AssetError)
     try:
+        require_regular(path)
         with safe_open(path, framework="np") as file:
             yield file
     except SafetensorError as error:

@@ -1,5 +1,6 @@
 """The Flax NNX front end: ``wrap`` for any model, and layers with a low-rank path."""
 
+from ..serializing import tell_flax
 from .layers import LoRALinear, LoRALinearGeneral, LoRAParam, adapters_of
 from .wrap import LoRAModel, adapters, put, wrap
 
@@ -13,3 +14,5 @@ __all__ = [
     "put",
     "wrap",
 ]
+
+tell_flax()

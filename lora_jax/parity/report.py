@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParityError
+from ..intake import parse_json
 from .checks import CheckResult
 from .verdicts import TensorVerdict, Verdict
 
@@ -81,7 +82,7 @@ def from_json(text: str) -> Report:
         ParityError: not a report, or one of another format.
     """
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         if fields["format"] != FORMAT:
             raise ParityError(f"got a report of format {fields['format']}, wanted {FORMAT}")
         checks = tuple(_check(one) for one in fields["checks"])

@@ -29,6 +29,9 @@ _OWN = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.nam
 # What AdapterFile has a place for beside the configuration.
 _RECORDED = {"base_model_name_or_path", "peft_type", "peft_version", "task_type"}
 
+# What MLX-LM's adapter_config.json has, and PEFT's has not.
+MLX_FIELD = "lora_parameters"
+
 # Every field of PEFT 0.21.2's LoraConfig.
 KNOWN = frozenset((*_OWN, *FOREIGN))
 
@@ -96,6 +99,11 @@ def decode(content: bytes, origin: str = "adapter_config.json") -> AdapterFile:
         raise AdapterError(f"{origin} is not JSON: {error}. Save the adapter again.") from error
     if not isinstance(fields, Mapping):
         raise AdapterError(f"{origin}: got a JSON {type(fields).__name__}, wanted an object")
+    if MLX_FIELD in fields and "peft_type" not in fields:
+        raise AdapterError(
+            f"{origin} is of an MLX-LM adapter: `lora-jax convert` makes a PEFT directory of it"
+        )
+    fields = _without_empty(fields)
     problems = [f"{name}: said twice" for name in twice] + _problems(fields)
     raise_all(AdapterError, f"{origin} asks for what is not supported", problems)
     try:
@@ -117,6 +125,16 @@ def decode(content: bytes, origin: str = "adapter_config.json") -> AdapterFile:
         fields.get("peft_version"),
         {name: fields[name] for name in fields if name not in _OWN and name not in _RECORDED},
     )
+
+
+def _without_empty(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what says nothing, so that it is PEFT's default: null for a switch or a table."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (value is None and set(_KINDS.get(name, ())) & {bool, dict})
+        and not (name == "trainable_token_indices" and value == {})
+    }
 
 
 def parse(content: bytes) -> tuple[Any, list[str]]:

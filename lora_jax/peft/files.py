@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from .. import paths
+from .. import paths, pointers
 from ..adapter import Adapters, Entry
+from ..buffers import apart
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import read_bytes
 from ..naming import Names
 from ..rewrite import Plan
-from . import carried, config_json, implied, renaming, tensors, tying, views
+from . import (
+    carried,
+    config_json,
+    families,
+    implied,
+    renaming,
+    shards,
+    spelling,
+    tensors,
+    tying,
+    views,
+)
 from .config_json import AdapterFile
-from .download import CONFIG_NAME, WEIGHTS_NAME, located
+from .download import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
 from .slots import is_held, slots
-from .strict import LoadReport, header_problem
+from .strict import LoadReport
 
 
 def save_pretrained(
@@ -102,12 +114,18 @@ def load_pretrained(
     *,
     names: Names = ...,
     strict: Literal[True] = ...,
+    subfolder: str | None = ...,
 ) -> dict[str, Entry]: ...
 
 
 @overload
 def load_pretrained(
-    directory: str | Path, plan: Plan, *, names: Names = ..., strict: Literal[False]
+    directory: str | Path,
+    plan: Plan,
+    *,
+    names: Names = ...,
+    strict: Literal[False],
+    subfolder: str | None = ...,
 ) -> tuple[dict[str, Entry], LoadReport]: ...
 
 
@@ -117,16 +135,21 @@ def load_pretrained(
     *,
     names: Names = paths.module_of,
     strict: bool = True,
+    subfolder: str | None = None,
 ) -> dict[str, Entry] | tuple[dict[str, Entry], LoadReport]:
     """Read the adapters of a PEFT directory, all of it or nothing.
 
     Args:
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``. A string that
-            names no directory may be a hub id, ``user/repo`` or ``user/repo@revision``.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``, or shards and
+            their index. A string that names no directory may be a hub id: ``user/repo``,
+            ``user/repo/folder``, or either with ``@revision``.
         plan: the plan for the model, made from ``load_config(directory)``.
-        names: the PyTorch module name of a path, as when saving.
+        names: the PyTorch module name of a path, as when saving. Without them, names that differ
+            as those of a known family do (see ``peft.families``) are read as the model's, with
+            a warning, where all of them then fit.
         strict: False loads the adapters that fit, warns of everything else, and returns the
             adapters and a ``LoadReport``. Files that cannot be read are refused either way.
+        subfolder: where in the directory or repository the adapter is.
 
     Raises:
         AdapterError: a file is missing or unreadable, or anything in it does not fit the plan:
@@ -142,13 +165,17 @@ def load_pretrained(
     Adapters of a file with ``alora_invocation_tokens`` act from these on: call the adapted
     function with ``active=alora_mask(input_ids, plan.config.alora_invocation_tokens)``.
     """
-    directory = located(directory)
+    directory = located(directory, subfolder=subfolder)
     config = load_config(directory)
     if not plan.of_changed_base and (problem := tensors.changed_base(config)):
         raise AdapterError(f"{directory}: {problem}")
+    contents = read_weights(directory)
     to_torch = renaming.file_names(plan, names)
+    if names is paths.module_of:
+        names = _names_of_family(contents, to_torch.values(), directory, whole=True) or names
+        to_torch = renaming.file_names(plan, names)
     tying.check(plan, config, to_torch)
-    contents = tying.without_copies(plan, config, to_torch, read_weights(directory))
+    contents = tying.without_copies(plan, config, to_torch, contents)
     renaming.refuse_hanging(config, contents)
     to_file = names
     view, names, back = views.from_file(plan, names, config, contents)
@@ -196,13 +223,19 @@ def with_base_weights(
     Raises:
         AdapterError: lists every base weight of the file that does not fit the model.
     """
-    return carried.put(plan, names, read_weights(located(directory)), params)
+    return apart(carried.put(plan, names, read_weights(located(directory)), params), params)
 
 
 def load_config(
-    directory: str | Path, *, names: Names = paths.module_of, params: Any = None
+    directory: str | Path,
+    *,
+    names: Names = paths.module_of,
+    params: Any = None,
+    subfolder: str | None = None,
 ) -> LoraConfig:
     """Return the configuration of a PEFT directory, or a hub id, to plan with.
+
+    Where the file has no ``target_modules``, they are the modules of its tensors.
 
     Args:
         directory: holds ``adapter_config.json``; with ``names`` its tensors are looked at, too.
@@ -210,34 +243,46 @@ def load_config(
             JAX modules that the file's tensors belong to, with the ranks they have there.
         params: the model's parameters or their shapes. A table goes without them, and the
             targets are one regular expression then: what else names could mean is not known.
+            Without ``names``, a file in other names of a known family (``peft.families``) is
+            read in the model's.
+        subfolder: as in ``load_pretrained``.
 
     Raises:
         AdapterError: a file is missing, unreadable, or asks for what is not supported; or lists
             every module without a name in the JAX model.
     """
-    config = _with_implied(directory, load_adapter_file(directory)).config
-    if names is paths.module_of:
+    file = load_adapter_file(directory, subfolder=subfolder)
+    config = file.config
+    untargeted = config.target_modules is None and not config.target_parameters
+    plain = names is paths.module_of and params is None and not untargeted
+    if plain and not implied.heads(file):
         return config
-    return renaming.in_jax(config, read_weights(located(directory)), names, params)
+    found = located(directory, subfolder=subfolder)
+    if plain and not any((found / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        return config
+    tensors = read_weights(found)
+    config = implied.with_heads(file, tensors).config
+    if untargeted:
+        config = renaming.targeting(config, tensors)
+    if names is paths.module_of:
+        own = () if params is None else {paths.module_of(path) for path in paths.flatten(params)}
+        family = _names_of_family(tensors, own, found) if own else None
+        if family is None:
+            return config
+        names = family
+    return renaming.in_jax(config, tensors, names, params)
 
 
-def _with_implied(directory: str | Path, file: AdapterFile) -> AdapterFile:
-    """Return the file with the heads that its task type means, where its tensors have them."""
-    if not implied.heads(file):
-        return file
-    path = located(directory) / WEIGHTS_NAME
-    return implied.with_heads(file, read_weights(path.parent) if path.is_file() else ())
-
-
-def load_adapter_file(directory: str | Path) -> AdapterFile:
+def load_adapter_file(directory: str | Path, *, subfolder: str | None = None) -> AdapterFile:
     """Return all that ``adapter_config.json`` says, base model and task type included.
 
     Raises:
         AdapterError: as ``load_config``.
     """
-    path = located(directory, CONFIG_NAME) / CONFIG_NAME
+    path = located(directory, CONFIG_NAME, subfolder=subfolder) / CONFIG_NAME
+    pointers.refuse(path, AdapterError)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise AdapterError(
             f"cannot read {path}: {error.strerror}. An adapter is a directory with {CONFIG_NAME} "
@@ -247,22 +292,20 @@ def load_adapter_file(directory: str | Path) -> AdapterFile:
 
 
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of ``adapter_model.safetensors`` by their names in the file.
+    """Return the tensors of an adapter, in shards or not, by the names that PEFT's file has.
 
     Raises:
-        AdapterError: the file is missing, broken, or a pickle.
+        AdapterError: a file is missing, broken, or a pickle; or several tensors mean the same.
     """
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        pickled = (directory / "adapter_model.bin").exists()
-        hint = " adapter_model.bin is a pickle, which is never read: save it again as safetensors."
-        raise AdapterError(f"{path} is missing.{hint if pickled else ''}")
-    try:
-        if problem := header_problem(path):
-            raise ValueError(problem)
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError, OverflowError) as error:
-        raise AdapterError(
-            f"{path} is not a whole safetensors file: {error}. Copy or save it again."
-        ) from error
+    return spelling.plain(shards.read(directory), directory)
+
+
+def _names_of_family(
+    tensors: Iterable[str], modules: Collection[str], origin: object, *, whole: bool = False
+) -> Callable[[str], str] | None:
+    """Return the names in the file where they are a known family's others, and warn of it."""
+    file = families.modules_of(tensors)
+    if (found := families.find(file, modules, whole=whole)) is None:
+        return None
+    warnings.warn(f"{origin}: {found.told(file)}", stacklevel=3)
+    return found.of_path

@@ -153,7 +153,7 @@ def _table(config: LoraConfig) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         always = field.name in ("r", "lora_alpha", "target_modules")
-        if always or value != getattr(default, field.name):
+        if always or (field.compare and value != getattr(default, field.name)):
             rows.append(f"| `{field.name}` | {_code(_json(value))} |")
     return "\n".join(rows)
 

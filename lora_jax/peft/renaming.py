@@ -141,6 +141,20 @@ def in_jax(
     )
 
 
+def targeting(config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
+    """Return a configuration without targets with those of a file's tensors: these, no other."""
+    adapted, _ = _modules(config, keys)
+    if not (meant := sorted({module.meant for module in adapted})):
+        return config
+    return replace(
+        config,
+        target_modules="|".join(map(re.escape, meant)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+
+
 def _told_apart(
     config: LoraConfig, every: set[_Module]
 ) -> tuple[set[_Module], list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from .. import config as configs
 from ..adapter import STACKED, pick
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
+from ..intake import open_regular
 from ..rewrite import LeafPlan, Plan
 from . import config_json
 from .slots import PREFIX, ROWS
@@ -59,8 +61,8 @@ def header_problem(path: Path) -> str | None:
     Raises:
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             return f"the header claims {length} bytes of a file of {size}"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import config as configs
 from .. import paths
 from ..adapter import Adapter, Adapters, Entry, Full, Rows
 from ..config import LoraConfig
@@ -16,6 +17,7 @@ from ..errors import AdapterError, raise_all
 from ..initializers import changes_base
 from ..rewrite import LeafPlan, Plan
 from .slots import PREFIX, Names, Slot, from_matrices, shapes, slots, to_matrix
+from .spelling import owner
 
 
 def encode(plan: Plan, adapters: Adapters, names: Names = paths.module_of) -> dict[str, np.ndarray]:
@@ -121,7 +123,7 @@ def decode_what_fits(
         if problem := _misfit(tensors[key], expected[key].shape):
             found[key] = f"{key}: {problem}"
     lost = {expected[key].path for key in found}
-    found |= {key: f"{key}: {_unexpected(key)}" for key in tensors.keys() - expected.keys()}
+    found |= {key: f"{key}: {_unexpected(key, plan)}" for key in tensors.keys() - expected.keys()}
     by_part: dict[tuple[str, str], list[Slot]] = {}
     for slot in expected.values():
         by_part.setdefault((slot.path, slot.part), []).append(slot)
@@ -153,9 +155,15 @@ def _misfit(tensor: np.ndarray, wanted: tuple[int, ...]) -> str | None:
     return None if is_finite(tensor) else "holds NaN or infinite values"
 
 
-def _unexpected(key: str) -> str:
+def _unexpected(key: str, plan: Plan) -> str:
     if not key.startswith(PREFIX):
-        return f"unexpected, wanted a name that begins with {PREFIX}"
+        return (
+            f"unexpected, wanted a name that begins with {PREFIX}; `lora-jax convert` writes the "
+            "file with it"
+        )
+    shared, module = [leaf.path for leaf in plan.leaves if leaf.tied], owner(key)
+    if shared and configs.is_output_head(module) and all(module != o.module for o in plan.leaves):
+        return f"unexpected, as the model's output head is tied: it shares {', '.join(shared)}"
     base = ".lora_" not in key and key.rpartition(".")[2] in ("weight", "bias")
     return "unexpected: base weights inside the file" if base else "unexpected"
 

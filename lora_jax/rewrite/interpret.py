@@ -16,6 +16,7 @@ from jax.extend import core, source_info_util
 
 from .. import alora, lowrank
 from ..adapter import Adapter
+from ..arranging import Size
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
 from . import siblings
@@ -46,7 +47,7 @@ class Site:
     letters: str
     dense_gradient: bool = False
     window: frozenset[int] = frozenset()
-    rows: int = 0
+    rows: Size = 0
     groups: int = 1
     whole: bool = True
 
@@ -67,6 +68,7 @@ class Record:
         rejected: where it is used in a way that has no rule, and why.
         together: the parameters that cannot both be adapted, and why.
         formed: the paths whose ``W + s·A·B`` was formed.
+        left_out: the weights that ``"all-linear"`` cannot adapt, and why; see ``left_out``.
         dropout_key: the random key of this interpretation, None for no dropout.
         active: where masked adapters act, see ``alora.silenced``; None while planning.
         times: how often the loops around it run it.
@@ -80,6 +82,7 @@ class Record:
     rejected: dict[str, dict[Place, str]] = field(default_factory=dict)
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)
     dropout_key: Any = None
     active: Any = None
     times: int = 1
@@ -135,7 +138,7 @@ class Call:
         return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
 
     @property
-    def out_shape(self) -> tuple[int, ...]:
+    def out_shape(self) -> tuple[Size, ...]:
         """The shape of the primitive's one output."""
         return self.eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,11 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED
 from .registry import Unsupported
-from .weight import STACK, UNIT, Label, LoraWeight, factor_axes, mirror, with_letters
+from .weight import STACK, UNIT, Label, LoraWeight, factor_axes, mirror, turn, with_letters
 
 
 def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
@@ -121,6 +123,7 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     base = lax.concatenate([_base(part) for part in parts], axis)
     if axis_is_new := not any(weight.origin[axis] for weight in weights):
         weights = [_stacked(weight, axis) for weight in weights]
+    weights = _alike(weights, base.dtype)
     joined = _join_labels(weights)
     whole = replace(weights[0], base=base, **joined)
     if whole.planning:
@@ -146,6 +149,16 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
 
 def _base(part: Any) -> Any:
     return part.base if isinstance(part, LoraWeight) else part
+
+
+def _alike(weights: list[LoraWeight], dtype: DTypeLike) -> list[LoraWeight]:
+    """Return the weights with A and B of one dtype: complex if one's are, else the widest."""
+    if any(weight.turned for weight in weights):
+        return [turn(weight, dtype) for weight in weights]
+    if weights[0].planning or len({weight.a.dtype for weight in weights}) == 1:
+        return weights
+    wide = functools.reduce(lowrank.wider, (weight.a.dtype for weight in weights))
+    return [replace(w, a=w.a.astype(wide), b=w.b.astype(wide)) for w in weights]
 
 
 def _stacked(weight: LoraWeight, axis: int) -> LoraWeight:

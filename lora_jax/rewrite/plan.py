@@ -28,7 +28,7 @@ from ..initializers import (
     kind_problem,
     reads_more,
 )
-from . import select, survey, tokens
+from . import left_out, select, survey, tokens
 from .given import Given
 from .interpret import Record
 from .leaf import TRAINED, LeafPlan
@@ -170,6 +170,8 @@ def plan(
     select.refuse_hanging(config, leaves)
     traced = trace(fn, params, args, kwargs)
     record = survey.survey(traced)
+    if config.target_modules == configs.ALL_LINEAR:
+        record.left_out.update(left_out.weights(traced, record))
     targets = select.targets(config, leaves, record)
     select.reject_pairs(targets, record)
     select.reject_shared(config, leaves, record)
@@ -192,6 +194,9 @@ def plan(
         for row in _decide(config, path, leaves, targets, saved, record, owners.get(path, ""))
     )
     adapted = tuple(row for row in rows if row.adapted)
+    if config.target_modules == configs.ALL_LINEAR and not adapted:
+        left_out.reject_nothing({row.path: row.why for row in rows if len(row.shape) > 1})
+    left_out.warn(select.left_out(config, leaves, record))
     _check_slices(adapted)
     _check_inits(config, adapted)
     full = {path: leaves[path] for path in leaves if path in saved}

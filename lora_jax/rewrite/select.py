@@ -16,6 +16,7 @@ from ..adapter import IN, OUT, STACKED
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import PlanError, raise_all
 from .interpret import Record, bias_problem
+from .tokens import tied_head
 
 Leaves = Mapping[str, Any]
 
@@ -53,13 +54,11 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
         )
     attention = paths.attentions(leaves)
     if config.target_modules == ALL_LINEAR:
+        formed = {path for path in record.left_out if _may_be_formed(config, path)}
         named = {
             path
-            for path in record.sites
-            if path not in record.rejected
-            and not configs.is_output_head(paths.module_of(path))
-            and not _other_kind(path, record)
-            and path not in attention
+            for path in (record.sites.keys() - record.rejected.keys()) | formed
+            if not is_no_linear(path, record) and path not in attention
         }
     else:
         named = {path for path in leaves if _is_target(config, path)}
@@ -70,6 +69,34 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
     # PEFT adapts an nn.MultiheadAttention as a whole, by its name alone.
     whole = {attention[path] for path in chosen if paths.leaf_name(path) == paths.IN_PROJ}
     return chosen | {path for path, owner in attention.items() if owner in whole}
+
+
+def is_no_linear(path: str, record: Record) -> str:
+    """Return what a weight is if PEFT's ``all-linear`` does not mean it, by its use or name."""
+    head = configs.is_output_head(paths.module_of(path))
+    return "output head" if head else _other_kind(path, record)
+
+
+def left_out(config: LoraConfig, leaves: Leaves, record: Record) -> dict[str, str]:
+    """Return the weights that ``all-linear`` means and that stay as they are, and why."""
+    if config.target_modules != ALL_LINEAR:
+        return {}
+    attention = paths.attentions(leaves)
+    return {
+        path: why
+        for path, why in record.left_out.items()
+        if not is_no_linear(path, record)
+        and path not in attention
+        and not _named(config.exclude_modules, path)
+        and not configs.is_saved(config, paths.module_of(path))
+        and not (_may_be_formed(config, path) and could_adapt(leaves[path]))
+        and configs.parameter_name(config, path) is None
+    }
+
+
+def _may_be_formed(config: LoraConfig, path: str) -> bool:
+    """Tell whether ``W + s·A·B`` may be formed of a weight; none that is holds a bias."""
+    return configs.materializes(config, paths.module_of(path)) and not config.lora_bias
 
 
 def owners(targets: set[str]) -> dict[str, str]:
@@ -159,7 +186,7 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
         "these target_parameters cannot be adapted",
         _bare_problems(config, leaves, record),
     )
-    _tell_unmatched(config, targets, leaves)
+    _tell_unmatched(config, targets, leaves, record)
     problems = []
     for path in sorted(targets):
         # A weight that is formed has no place for a bias.
@@ -181,7 +208,7 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
     if _named(config.exclude_modules, path):
         return "excluded"
     if not could_adapt(leaf):
-        return "not a matrix"
+        return f"no rule: {record.left_out[path]}" if path in record.left_out else "not a matrix"
     if path in record.rejected:
         return "no rule: " + next(iter(record.rejected[path].values()))
     if path not in record.sites:
@@ -190,8 +217,7 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
         return "not targeted"
     if paths.leaf_name(path) == paths.IN_PROJ:
         return "PyTorch's attention, which PEFT adapts by its name"
-    head = configs.is_output_head(paths.module_of(path))
-    return "output head" if head else _other_kind(path, record) or "not targeted"
+    return is_no_linear(path, record) or "not targeted"
 
 
 def _other_kind(path: str, record: Record) -> str:
@@ -233,11 +259,13 @@ def _is_target(config: LoraConfig, path: str) -> bool:
     return chosen and _named(config.target_modules, path)
 
 
-def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> None:
+def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record) -> None:
     """Raise for what has no effect, or warn where the configuration is a file's and some has."""
     unmatched = list(_unmatched(config, targets, leaves))
     if unmatched and targets and config.on_unmatched == "warn":
-        listed = ", ".join(f"{name} {pattern!r}" for name, pattern in unmatched)
+        listed = ", ".join(
+            f"{name} {pattern!r}{tied_head(pattern, record)}" for name, pattern in unmatched
+        )
         warnings.warn(f"the configuration names what this model has not: {listed}", stacklevel=4)
         return
     modules = {paths.module_of(path): None for path in leaves}
@@ -246,6 +274,7 @@ def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> No
         "these patterns match no module",
         (
             f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
+            f"{tied_head(pattern, record)}"
             for name, pattern in unmatched
         ),
     )

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from . import moves
@@ -117,15 +116,6 @@ def rev(call: Call, weight: LoraWeight) -> LoraWeight:
     )
 
 
-@rule("convert_element_type")
-def convert_element_type(call: Call, weight: LoraWeight) -> LoraWeight:
-    """Change the base's dtype; A and B keep theirs."""
-    dtype = call.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise Unsupported(f"the weight is converted to {dtype}")
-    return replace(weight, base=weight.base.astype(dtype))
-
-
 @rule("copy", "copy_p")
 def copy(call: Call, weight: LoraWeight) -> LoraWeight:
     """Nothing changes."""
@@ -148,39 +138,6 @@ def optimization_barrier(call: Call, *operands: Any) -> list[Any]:
 def on_the_base(call: Call, weight: LoraWeight) -> LoraWeight:
     """Apply to the base what says where or how precisely it is kept."""
     return replace(weight, base=call.plain(weight.base))
-
-
-@rule("neg")
-def neg(call: Call, weight: LoraWeight) -> LoraWeight:
-    """Change the sign of W and B."""
-    return _scaled(weight, call.plain(weight.base), lambda b: -b)
-
-
-@rule("mul")
-def mul(call: Call, left: Any, right: Any) -> LoraWeight:
-    """Multiply W and B by one number."""
-    weight, number = (left, right) if isinstance(left, LoraWeight) else (right, left)
-    _require_number(number)
-    base = call.plain(*map(base_of, (left, right)))
-    return _scaled(weight, base, lambda b: b * jnp.asarray(number, b.dtype))
-
-
-@rule("div")
-def div(call: Call, weight: Any, number: Any) -> LoraWeight:
-    """Divide W and B by one number."""
-    _require_number(number)
-    base = call.plain(base_of(weight), number)
-    return _scaled(weight, base, lambda b: b / jnp.asarray(number, b.dtype))
-
-
-def _scaled(weight: LoraWeight, base: Any, act: Any) -> LoraWeight:
-    # A bias is the output's, as the module's own is: what multiplies W does not reach it.
-    return replace(weight, base=base, b=None if weight.planning else act(weight.b))
-
-
-def _require_number(number: Any) -> None:
-    if isinstance(number, LoraWeight) or jnp.ndim(number):
-        raise Unsupported("the weight's elements are used one by one, not in a product")
 
 
 def _expanded(part: Any, axis: int) -> Any:

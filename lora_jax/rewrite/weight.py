@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
@@ -71,6 +72,7 @@ class LoraWeight:
         scale: the scale of ``A·B``.
         gain: DoRA's ``m / ‖W + s·A·B‖`` in the layout of B with r = 1; None without it.
         bias: the adapter's bias times the scale, in the same layout; None without it.
+        turned: whether A and B are complex.
     """
 
     base: Any
@@ -82,6 +84,7 @@ class LoraWeight:
     scale: Any = field(default=1.0, metadata=dict(static=is_number))
     gain: Any = None
     bias: Any = None
+    turned: bool = field(default=False, metadata=dict(static=True))
 
     @property
     def planning(self) -> bool:
@@ -149,7 +152,16 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
     )
     gain, bias = changes.gain(base, adapter), changes.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
-    return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias)
+    turned = jnp.issubdtype(a.dtype, jnp.complexfloating)
+    return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias, turned)
+
+
+def turn(weight: LoraWeight, dtype: DTypeLike) -> LoraWeight:
+    """Return the weight with A and B in a complex dtype that holds theirs, too."""
+    if weight.planning:
+        return replace(weight, turned=True)
+    wide = lowrank.wider(weight.a.dtype, dtype)
+    return replace(weight, a=weight.a.astype(wide), b=weight.b.astype(wide), turned=True)
 
 
 def use(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from .. import __version__
+from .. import __version__, pointers
 from ..assets import resolve_model
 from ..config import LoraConfig
 from ..errors import AdapterError
+from ..intake import parse_json, read_bytes
 from ..models import from_pretrained
 from ..rewrite import Plan, plan
 from .data import Tokens, encode, load_tokenizer
@@ -90,7 +92,7 @@ def load_classifier(
     """
     directory = resolve_model(name, cache=cache, progress=note)
     model, params = from_pretrained(directory, len(classes), seed=seed)
-    local = Path(name).is_dir()
+    local = os.path.isdir(name)
     base_model = str(Path(name).resolve()) if local else _HUB_NAMES.get(str(name), str(name))
     tokenizer = load_tokenizer(directory)
     return Classifier(directory, base_model, model, params, tokenizer, classes, max_length)
@@ -124,8 +126,9 @@ def read_record(directory: str | Path) -> Record:
         AdapterError: it is missing, unreadable or lacks a field.
     """
     path = Path(directory) / RECORD_NAME
+    pointers.refuse(path, AdapterError)
     try:
-        fields = json.loads(path.read_bytes())
+        fields = parse_json(read_bytes(path))
         classes = tuple(map(str, fields["classes"]))
         return Record(str(fields["base_model"]), classes, int(fields["max_length"]))
     except OSError as error:

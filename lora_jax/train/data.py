@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from .. import pointers
 from ..errors import AssetError, DataError, raise_all
+from ..intake import read_bytes
 from ..packing import token_places
 
 if TYPE_CHECKING:
@@ -123,8 +125,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except ImportError as error:
         raise AssetError('tokenizers is not installed: pip install "lora_jax[train]"') from error
     path = Path(directory) / "tokenizer.json"
+    pointers.refuse(path, AssetError)
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_bytes(path).decode("utf-8"))
     except OSError as error:
         raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
     # The library raises bare Exception for a file that it cannot parse.

@@ -101,7 +101,9 @@ def merge_to(
     before, after = paths.flatten(classifier.params), paths.flatten(merged)
     broken = [line for path in after for line in overflow(path, before[path], after[path])]
     raise_all(AdapterError, "the merged weights are not finite, where the model's are", broken)
-    return save_model(out, merged, classifier.directory, classes=classifier.classes, overwrite=True)
+    return save_model(
+        out, merged, classifier.directory, classes=classifier.classes, overwrite=True, note=note
+    )
 
 
 def _load(

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import pointers
 from ..errors import DataError, raise_all
+from ..intake import read_bytes
 from .data import TextData
 
 _SHOWN = 20
+_LARGEST = 1 << 40
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -176,8 +179,9 @@ def _check_columns(path: str | Path, header: Sequence[str], columns: Sequence[st
 
 
 def _read_text(path: str | Path) -> str:
+    pointers.refuse(Path(path), DataError)
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, _LARGEST)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     if not data.strip():
