@@ -26,7 +26,7 @@ from ..peft.tensors import changed_base
 from ..rewrite.tokens import is_input_embedding
 from ..shown import escaped
 from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file
-from .placing import biases, is_tied, place, refuse_unmet, renamed, without_tied
+from .placing import biases, family_of, is_tied, place, plain_names, refuse_unmet, without_tied
 from .tables import table
 
 Entries = Mapping[str, Entry]
@@ -59,13 +59,15 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
         raise AdapterError(f"{adapter}: {problem}")
     refuse_masked(adapters, "they cannot be merged")
     checkpoint = read_checkpoint(model)
-    notes = refuse_unmet(file.config, adapters, checkpoint) + renamed(adapters, checkpoint)
+    notes = refuse_unmet(file.config, adapters, checkpoint)
     adapters, tied = without_tied(adapters, checkpoint)
     _refuse_tied({name: one for name, one in adapters.items() if name not in tied}, checkpoint)
     changes = _changes(adapters, checkpoint, transposed=_says_transposed(adapter))
     for given in (model, adapter):
         if given.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
+    if family := family_of(adapters, checkpoint.shapes):
+        notes = [family.told(plain_names(adapters).values()), *notes]
     report: dict[str, Rounding] = {}
     broken: list[str] = []
     claim = claimed(out, overwrite=overwrite, remove_empty=True)
