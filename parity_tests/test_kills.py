@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import LoraConfig, assets, journal, load_config, plan
+from lora_jax import LoraConfig, assets, journal, load_config
 from lora_jax.assets import Asset, AssetFile, Wheel
 from lora_jax.commands import CombineOptions, ConvertOptions, combine_files, convert_files
 from lora_jax.commands.merge import merge_files
 from lora_jax.errors import LoraError
 from lora_jax.peft import AdapterFile
 from lora_jax.peft.files import read_weights, write_directory
-from lora_jax.train import finetune as finetuning
-from lora_jax.train.classifier import read_record
-from lora_jax.train.data import Tokens
-from lora_jax.train.finetune import FinetuneOptions, finetune
-from lora_jax.train.loop import EpochEvent, Rows, Score, StepEvent, StopEvent, Trained
-from lora_jax.train.saving import Saver
+from parity_tests import quick_runs
 from parity_tests.kills import killed_at
+from parity_tests.quick_runs import Quick
 
 MODULE = "base_model.model.layer.query"
 
@@ -162,86 +155,8 @@ def fetching(root):
 
 
 def tuning(root):
-    """A run of two epochs, whose adapters are 1, 2 and 2 and whose classes are its own."""
-    params = {"layer.query": {"kernel": jnp.zeros((4, 4))}}
-    apply = lambda params, x: x @ params["layer.query"]["kernel"]  # noqa: E731
-
-    @functools.cache
-    def planned(alpha):
-        fields = LoraConfig(r=2, lora_alpha=alpha, target_modules=["query"])
-        own = plan(apply, params, fields, jnp.zeros((1, 4)))
-        return own, jax.tree.map(np.asarray, own.init(jax.random.key(0)))
-
-    def command(out, alpha=256, classes=("negative", "positive"), first=1.0, overwrite=True):
-        own, template = planned(alpha)
-        with pytest.MonkeyPatch.context() as patch:
-            replace_training(patch, own, template, classes, first)
-            finetune(FinetuneOptions(output=out, lora_alpha=alpha, overwrite=overwrite))
-
-    old = lambda out: command(out, 16, ("ham", "spam"), 7.0)  # noqa: E731
-    new = [(256, value, ("negative", "positive")) for value in (1.0, 2.0)]
-    return Case(command, old, run_state, bare_run, tuple(new))
-
-
-def replace_training(patch, own, template, classes, first):
-    """Put known adapters in the place of the model, its data and the training."""
-    tokens = Tokens(*(np.zeros((4, 2), np.int32) for _ in range(2)))
-    rows = Rows(tokens, np.zeros(4, np.int32))
-
-    def at(value):
-        return jax.tree.map(lambda leaf: jnp.asarray(np.full_like(leaf, value)), template)
-
-    def fit(step, evaluate, state, params, train, validation, options, observe):
-        for epoch in (1, 2):
-            for n in (1, 2):
-                observe(StepEvent(epoch, 2 * epoch - 2 + n, 4, 4, 0.5, 0.5, 1e-3, 0.1, 1.0, 1.0))
-            adapters = at(first + epoch - 1)
-            observe(EpochEvent(epoch, 2 * epoch, 0.5, 0.5, 0.5, 0.5, 0.1, adapters))
-        observe(StopEvent(4, "finished"))
-        return Trained(at(first + 1), 4, "finished", 0.1)
-
-    def prepare(options, config, loop, texts, output, observe):
-        job = object.__new__(finetuning._Job)
-        saver = Saver(output, lambda line: None, finetuning.append)
-        classifier = SimpleNamespace(
-            base_model="base", classes=classes, max_length=8, params=None, apply=lambda p, x: x
-        )
-        vars(job).update(
-            options=options, saver=saver, classifier=classifier, plan=own, adapters=template
-        )
-        vars(job).update(evaluate=None, loop=loop, train=rows, validation=rows, test=rows)
-        return job
-
-    patch.setattr(finetuning, "fit", fit)
-    patch.setattr(finetuning, "_prepare", prepare)
-    patch.setattr(finetuning, "score_rows", lambda *args: Score(0.5, 0.5))
-    patch.setattr(finetuning, "curves", lambda events, title: b"png of " + title.encode())
-    for name in ("optimizer", "make_step", "start"):
-        patch.setattr(finetuning, name, lambda *args, **kwargs: None)
-
-
-def bare_run(directory):
-    """The run of PEFT's two files and the record, and that what lies beside them is of it."""
-    alpha = json.loads((directory / "adapter_config.json").read_bytes())["lora_alpha"]
-    tensors = load_file(directory / "adapter_model.safetensors")
-    record = json.loads((directory / "run.json").read_bytes())
-    curves = directory / "curves.png"
-    if curves.exists():
-        assert record["result"] is not None
-    metrics = (directory / "metrics.jsonl").read_text().splitlines()
-    assert len(metrics) >= 3 and record["options"]["lora_alpha"] == alpha
-    return (
-        alpha,
-        float(tensors["base_model.model.layer.query.lora_A.weight"].flat[0]),
-        tuple(record["classes"]),
-    )
-
-
-def run_state(directory):
-    known = read_record(directory).classes
-    alpha, value = adapter_state(directory)
-    assert bare_run(directory) == (alpha, value, known)
-    return alpha, value, known
+    new, old = Quick(), Quick(16, ("ham", "spam"), 7.0)
+    return Case(new, old, quick_runs.state, quick_runs.bare_run, (new.after(2), new.after(4)))
 
 
 CASES = {
@@ -254,10 +169,12 @@ CASES = {
 
 
 def snapshot(directory):
+    """Return the files' contents; None for directories, and for what holds times."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
+        if path.is_file() and path.name not in ("run.json", "metrics.jsonl")
+        else None
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
     }
 
 
@@ -282,8 +199,7 @@ def walk(case, root, every, there):
             assert killed.dead, at
             look(case, out, before, killed.log[-1])
             case.command(out)
-            same = {n: c for n, c in snapshot(out).items() if n != "run.json"}
-            assert same == {n: c for n, c in wanted.items() if n != "run.json"}, killed.log[-1]
+            assert snapshot(out) == wanted, killed.log[-1]
             assert case.state(out) == case.states[-1]
             shutil.rmtree(out)
         return killer.seen
@@ -298,8 +214,8 @@ def look(case, out, before, where):
         state = case.state(out)
     except (LoraError, FileNotFoundError):
         assert before is None, where
-        names = [name for name in snapshot(out) if not name.startswith(f"{journal.PREFIX}")]
-        assert not [n for n in names if "lora-jax" not in n], (where, names)
+        ours = re.compile(rf"(.*/)?{re.escape(journal.PREFIX)}|tiny$|more$")
+        assert not [name for name in snapshot(out) if not ours.match(name)], where
     else:
         assert state in (before, *case.states), where
 
