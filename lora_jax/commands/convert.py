@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,9 +57,11 @@ def convert_files(options: ConvertOptions) -> str:
         AdapterError: the source cannot be read, or lists everything that cannot be converted.
         OutputError: ``out`` cannot be written.
     """
+    if options.lora_alpha is not None and not math.isfinite(options.lora_alpha):
+        raise AdapterError(f"lora_alpha: got {options.lora_alpha}, wanted a finite number")
     source, recorded = options.source, None
-    if source.is_dir():
-        if (source / CONFIG_NAME).exists():
+    if os.path.isdir(source):
+        if problem_of(source / CONFIG_NAME) != "missing":
             recorded = load_adapter_file(source)
         source = source / WEIGHTS_NAME
     modules = None if options.modules is None else _modules(options.modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
     changes = place(adapters, checkpoint, transposed=_says_transposed(adapter))
     _refuse_tied(adapters, checkpoint)
     for given in (model, adapter):
-        if given.resolve() in (out.resolve(), *out.resolve().parents):
+        if _real(given) in (_real(out), *_real(out).parents):
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
     family, report = _family(adapters, checkpoint.shapes), {}
     with staged(out, overwrite=overwrite) as staging:
@@ -168,6 +169,11 @@ def _family(adapters: Changes, stored: Mapping[str, Any]) -> families.Rename | N
     if all(key in stored for key in prefixed):
         return None
     return families.find(sorted(plain.values()), stored.keys())
+
+
+def _real(path: Path) -> Path:
+    # Path.resolve raises for links in a circle.
+    return Path(os.path.realpath(path))
 
 
 def _says_transposed(adapter: Path) -> bool:
