@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ class Rounding:
         dtype: the weight's.
         changed: how many of its values ``ΔW`` should change: those where it is not 0.
         unchanged: how many of these rounding left as they were.
-        error: ``‖(W_merged − W) − ΔW‖ / ‖ΔW‖`` (Frobenius norms, in float64).
+        error: ``‖(W_merged − W) − ΔW‖ / ‖ΔW‖`` (Frobenius norms, in float64); infinite where
+            ``ΔW`` or the merged weight is not finite.
     """
 
     dtype: str
@@ -39,7 +41,9 @@ class Rounding:
 
     @property
     def warning(self) -> str | None:
-        """What to say where rounding took more than a tenth of ``ΔW``; None elsewhere."""
+        """What to say where rounding took more than a tenth of ``ΔW``, or broke it; else None."""
+        if math.isnan(self.error) or math.isinf(self.error):
+            return f"the merged weight is not finite in {self.dtype}: its change is beyond it"
         if not self.error > LARGEST_LOSS:
             return None
         return (
@@ -196,13 +200,31 @@ def _rounding(weight: Any, merged: Any, change: Any) -> Rounding:
     delta = np.asarray(change, np.float64)
     old, new = (np.asarray(one.astype(jnp.float32), np.float64) for one in (weight, merged))
     wanted = delta != 0
-    size = float(np.linalg.norm(delta))
+    finite = bool(np.isfinite(delta).all() and np.isfinite(new).all())
+    size = float(np.linalg.norm(delta)) if finite else math.inf
     return Rounding(
         weight.dtype.name,
         int(wanted.sum()),
         int((wanted & (old == new)).sum()),
-        float(np.linalg.norm(new - old - delta)) / size if size else 0.0,
+        (float(np.linalg.norm(new - old - delta)) / size if size else 0.0) if finite else math.inf,
     )
+
+
+def overflow(name: str, old: Any, new: Any) -> list[str]:
+    """Return a line where a merged weight is not finite and the weight before was.
+
+    >>> overflow("w", jnp.ones(3), jnp.array([1.0, jnp.inf, jnp.nan]))
+    ['w: 2 of 3 values are NaN or infinite in float32']
+    """
+    bad = ~np.isfinite(_wide(new))
+    if not bad.any() or not np.isfinite(_wide(old)).all():
+        return []
+    return [f"{name}: {bad.sum():,} of {bad.size:,} values are NaN or infinite in {new.dtype.name}"]
+
+
+def _wide(array: Any) -> np.ndarray:
+    # numpy has no isfinite for every extension dtype; float32 holds them all.
+    return np.asarray(array if array.dtype == np.float64 else array.astype(np.float32))
 
 
 def warnings_of(report: Mapping[str, Rounding]) -> list[str]:

@@ -43,8 +43,10 @@ FLOORS = [
         "intake",
         "shown",
         "buffers",
+        "signals",
+        "locks",
     },
-    {"config_problems"},
+    {"config_problems", "journal"},
     {
         "files",
         "adapter",

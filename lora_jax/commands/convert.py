@@ -14,6 +14,7 @@ import safetensors
 from .. import pointers
 from ..errors import AdapterError
 from ..intake import parse_json, problem_of, read_bytes, reason, require_regular
+from ..journal import settle
 from ..peft import AdapterFile, load_adapter_file
 from ..peft.files import CONFIG_NAME, WEIGHTS_NAME, write_directory
 from ..peft.layouts import converted
@@ -61,6 +62,7 @@ def convert_files(options: ConvertOptions) -> str:
         raise AdapterError(f"lora_alpha: got {options.lora_alpha}, wanted a finite number")
     source, recorded = options.source, None
     if os.path.isdir(source):
+        settle(source, AdapterError)
         if problem_of(source / CONFIG_NAME) != "missing":
             recorded = load_adapter_file(source)
         source = source / WEIGHTS_NAME

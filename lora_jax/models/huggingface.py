@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from safetensors.numpy import save
 
 from .. import paths, pointers
 from ..assets import check_model, resolve_model
-from ..errors import AssetError, ConfigError, raise_all
-from ..files import output_directory, write_atomic
+from ..errors import AssetError, ConfigError, OutputError, raise_all
+from ..files import claimed
 from ..intake import is_inside, read_bytes, require_regular
 from .bert import BertConfig, BertForSequenceClassification, BertModel, read_json
 
@@ -27,6 +27,7 @@ Params = Mapping[str, Any]
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 """What PyTorch calls a Flax leaf; only a ``kernel`` is also transposed."""
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "bert."
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -165,6 +166,21 @@ def save_model(
         ConfigError: there are not as many ``classes`` as labels.
         OutputError: the directory is occupied or cannot be written.
     """
+    contents = model_files(params, source_directory, classes=classes, note=note)
+    with claimed(directory, overwrite=overwrite) as output:
+        refuse_other_layout(output.directory, contents)
+        output.write(contents)
+    return output.directory
+
+
+def model_files(
+    params: Params,
+    source_directory: str | Path,
+    *,
+    classes: tuple[str, ...] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, bytes]:
+    """Return the files that ``save_model`` writes, by name; see there."""
     source = check_model(source_directory)
     labels = params["classifier"]["bias"].shape[0] if "classifier" in params else None
     template = _template(BertConfig.from_file(source / "config.json"), labels)
@@ -178,19 +194,35 @@ def save_model(
     if labels is None and _has_prefix(source / "model.safetensors"):
         tensors = {PREFIX + name: array for name, array in tensors.items()}
     config = _saved_config(read_json(source / "config.json"), tensors, labels, classes)
-    target = output_directory(directory, overwrite=overwrite)
     contents = {
-        target / "model.safetensors": save(tensors, metadata={"format": "pt"}),
-        target / "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        "model.safetensors": save(tensors, metadata={"format": "pt"}),
+        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
     there = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
     own = [name for name in there if is_inside(source / name, source)]
-    contents |= {target / name: read_bytes(source / name) for name in own}
-    write_atomic(contents)
+    contents |= {name: read_bytes(source / name) for name in own}
     if note is not None and len(own) < len(there):
         others = ", ".join(name for name in there if name not in own)
         note(f"not copied, as they are no regular files of the model's directory: {others}")
-    return target
+    return contents
+
+
+def refuse_other_layout(directory: Path, names: Collection[str]) -> None:
+    """Raise where older weights in the directory would be read in the place of new ones.
+
+    Args:
+        directory: where a model is going to be written, over what is there.
+        names: its files of weights: one, or shards, which have an index.
+
+    Raises:
+        OutputError: there is an index beside the one file, or one file beside the shards.
+    """
+    other = INDEX if WEIGHTS in names else WEIGHTS
+    if (directory / other).exists():
+        raise OutputError(
+            f"{directory / other} is of another model, and would be read in the place of "
+            f"{', '.join(sorted(names))}; remove it, or choose another directory"
+        )
 
 
 def not_finite(array: jax.Array | np.ndarray) -> str | None:

@@ -68,6 +68,7 @@ class Record:
         rejected: where it is used in a way that has no rule, and why.
         together: the parameters that cannot both be adapted, and why.
         formed: the paths whose ``W + s·A·B`` was formed.
+        met: the primitives that weights met while planning, by path.
         left_out: the weights that ``"all-linear"`` cannot adapt, and why; see ``left_out``.
         dropout_key: the random key of this interpretation, None for no dropout.
         active: where masked adapters act, see ``alora.silenced``; None while planning.
@@ -82,6 +83,7 @@ class Record:
     rejected: dict[str, dict[Place, str]] = field(default_factory=dict)
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
+    met: dict[str, set[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     dropout_key: Any = None
     active: Any = None
@@ -315,22 +317,26 @@ def base_of(value: Any) -> Any:
 
 def _apply(call: Call, operands: list[Any]) -> list[Any]:
     name = call.eqn.primitive.name
+    for weight in filter(_is_weight, operands):
+        if weight.planning:
+            for path in weight.paths:
+                call.record.met.setdefault(path, set()).add(name)
     try:
         if name not in RULES:
             raise Unsupported("there is no rule for it")
         outs = RULES[name](call, *operands)
     except Unsupported as why:
-        formed = [_formed(call.record, value) for value in operands]
-        if any(map(_is_weight, formed)) and any(map(_differ, formed, operands)):
-            return _apply(call, formed)
-        for weight in filter(_is_weight, formed):
+        whole = [formed(call.record, value) for value in operands]
+        if any(map(_is_weight, whole)) and any(map(_differ, whole, operands)):
+            return _apply(call, whole)
+        for weight in filter(_is_weight, whole):
             _reject(call, weight, why)
-        outs = call.plain(*map(base_of, formed))
+        outs = call.plain(*map(base_of, whole))
     return list(outs) if call.eqn.primitive.multiple_results else [outs]
 
 
-def _formed(record: Record, value: Any) -> Any:
-    """Return ``W + s·A·B`` where the plan lets it be formed."""
+def formed(record: Record, value: Any) -> Any:
+    """Return ``W + s·A·B`` of a weight where the plan lets it be formed, anything else as it is."""
     if not _is_weight(value) or not all(leaf.materialize for leaf in value.leaves):
         return value
     if value.bias is not None:  # no weight holds it

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED
 from .registry import Unsupported
-from .weight import STACK, UNIT, Label, LoraWeight, factor_axes, mirror, turn, with_letters
+from .weight import STACK, Label, LoraWeight, factor_axes, mirror, turn, with_letters
 
 
 def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
@@ -55,8 +55,9 @@ def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
     """
     shape = tuple(shape)
     origin: list[frozenset[Label]] = []
-    looped = weight.looped
     blocks = _blocks(weight.base.shape, shape)
+    weight = _repeats_as_own(weight, [old for old, _ in blocks])
+    looped = weight.looped
     kept = frozenset().union(*(weight.origin[axis] for old, new in blocks if new for axis in old))
     for old, new in blocks:
         labels = frozenset().union(*(weight.origin[axis] for axis in old))
@@ -67,23 +68,34 @@ def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
             looped |= labels
         if not weight.planning:
             weight.letter(labels)  # refuses an axis of A merged with one of B
-            kinds = {weight.letters[axis] for axis in old if weight.base.shape[axis] > 1}
-            if UNIT in kinds and len(kinds) > 1:
-                raise Unsupported("an axis along which the weight is repeated becomes part of one")
         origin += [labels] * len(new)
     base = lax.reshape(weight.base, shape)
     moved = replace(weight, base=base, origin=tuple(origin), looped=looped)
     return moved if weight.planning else with_letters(moved, moved.letters)
 
 
-def broadcast(weight: LoraWeight, shape: Sequence[int], axes: Sequence[int]) -> LoraWeight:
-    """Return the weight repeated along new axes; ``axes`` are those that its own become.
+def _repeats_as_own(weight: LoraWeight, blocks: Sequence[Sequence[int]]) -> LoraWeight:
+    """Return the weight with the repetitions that merge with an axis as a part of that axis.
 
-    Raises:
-        Unsupported: one of its own axes of size 1 is repeated.
+    ``jnp.repeat`` of a weight's heads is such: the factor that has the axis is repeated along it.
     """
-    if [shape[axis] for axis in axes] != list(weight.base.shape):
-        raise Unsupported("an axis of size 1 is repeated")
+    origin, sizes = list(weight.origin), weight.base.shape
+    for block in blocks:
+        labels = frozenset().union(*(weight.origin[axis] for axis in block))
+        for axis in block:
+            if labels and not origin[axis] and sizes[axis] > 1:
+                origin[axis] = labels
+    grown = replace(weight, origin=tuple(origin))
+    if weight.planning or grown.origin == weight.origin:
+        return grown
+    return replace(with_letters(weight, grown.letters), origin=grown.origin)
+
+
+def broadcast(weight: LoraWeight, shape: Sequence[int], axes: Sequence[int]) -> LoraWeight:
+    """Return the weight repeated along axes; ``axes`` are those that its own become."""
+    sizes = zip(axes, weight.base.shape, weight.origin, strict=True)
+    grown = [n for n, (axis, size, own) in enumerate(sizes) if own and shape[axis] != size]
+    weight = cut(weight, lambda array, at, n: jnp.repeat(array, shape[axes[n]], at), grown)
     own = dict(zip(axes, weight.origin, strict=True))
     origin = tuple(own.get(axis, frozenset()) for axis in range(len(shape)))
     return replace(weight, base=lax.broadcast_in_dim(weight.base, shape, axes), origin=origin)

@@ -189,10 +189,8 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
     _tell_unmatched(config, targets, leaves, record)
     problems = []
     for path in sorted(targets):
-        # A weight that is formed has no place for a bias.
-        if configs.materializes(config, paths.module_of(path)) and not config.lora_bias:
-            continue
-        problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
+        if not _may_be_formed(config, path):
+            problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
         if path not in record.rejected and path not in record.sites:
             problems.append(f"{path}: the function never uses it")
     raise_all(
@@ -309,6 +307,15 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
             modules = (owner.get(path, configs.name_in_patterns(config, path)) for path in targets)
             if not any(configs.hits(pattern, module) for module in modules):
                 yield field_name, pattern
+    for pattern in config.output_slices:
+        modules = (owner.get(path, paths.module_of(path)) for path in targets)
+        if not any(configs.hits(pattern, module) for module in modules):
+            yield "output_slices", pattern
+    named = () if config.on_unsupported in ("error", "materialize") else config.on_unsupported
+    for name in _each(named):
+        one = _alike(config.on_unsupported, name)
+        if not any(configs.matches(one, paths.module_of(path)) for path in leaves):
+            yield "on_unsupported", name
 
 
 def _each(names: Any) -> tuple[str, ...]:

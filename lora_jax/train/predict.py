@@ -11,10 +11,16 @@ import jax
 import numpy as np
 
 from ..adapter import Adapters
-from ..errors import ConfigError, DataError, OutputError, TrainingError, raise_all
-from ..files import output_directory
+from ..errors import (
+    ConfigError,
+    DataError,
+    OutputError,
+    TrainingError,
+    raise_all,
+)
+from ..files import claimed
 from ..merging import merge
-from ..models import save_model
+from ..models import model_files, refuse_other_layout
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
 from ..shown import shortened
@@ -120,14 +126,17 @@ def merge_to(
         LoraError: adapter and model cannot be read or do not fit, or ``out`` cannot be written.
     """
     read_record(directory)
-    out = output_directory(out, overwrite=overwrite)
-    classifier, adapters = _load(directory, model, 1, cache, note)
-    if os.path.realpath(out) == os.path.realpath(classifier.directory):
-        raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
-    merged = merge(classifier.params, adapters)
-    return save_model(
-        out, merged, classifier.directory, classes=classifier.classes, overwrite=True, note=note
-    )
+    with claimed(out, overwrite=overwrite) as output:
+        classifier, adapters = _load(directory, model, 1, cache, note)
+        if os.path.realpath(output.directory) == os.path.realpath(classifier.directory):
+            raise OutputError(
+                f"{out} holds the base model, which stays as it is; choose another place"
+            )
+        merged = merge(classifier.params, adapters)
+        files = model_files(merged, classifier.directory, classes=classifier.classes, note=note)
+        refuse_other_layout(output.directory, files)
+        output.write(files)
+    return output.directory
 
 
 def _load(
