@@ -395,3 +395,13 @@ def test_a_warning_is_a_line_of_the_command(here, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.startswith("lora-jax: warning: ") and r"\x1b[2Jnew" in err
     assert not CONTROL.search(err)
+
+
+def test_a_configuration_of_more_layers_than_the_file_is_not_traced(here, capsys, monkeypatch):
+    def traced(*args):
+        raise AssertionError("the model was traced")
+
+    tiny.edit_json(here / "model/config.json", num_hidden_layers=3000)
+    monkeypatch.setattr("lora_jax.models.huggingface._template", traced)
+    for argv in (["plan", "model"], ["predict", "run", "win", "--model", "model"]):
+        assert "num_hidden_layers: got 3,000, the file has 1" in is_clean(capsys, argv)
