@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
     _refuse_tied({name: one for name, one in adapters.items() if name not in tied}, checkpoint)
     changes = _changes(adapters, checkpoint, transposed=_says_transposed(adapter))
     for given in (model, adapter):
-        if given.resolve() in (out.resolve(), *out.resolve().parents):
+        if _real(given) in (_real(out), *_real(out).parents):
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
     if family := family_of(adapters, checkpoint.shapes):
         notes = [family.told(plain_names(adapters).values()), *notes]
@@ -83,6 +84,11 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
             (draft / name).write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
         left_out = copy_others(checkpoint, draft)
     return "\n".join([*(f"note: {note}" for note in notes), _told(report, changes, left_out, out)])
+
+
+def _real(path: Path) -> Path:
+    # Path.resolve raises for links in a circle.
+    return Path(os.path.realpath(path))
 
 
 def _says_transposed(adapter: Path) -> bool:
