@@ -18,6 +18,7 @@ from .peft import (
     open_adapter,
     push_to_hub,
     save_pretrained,
+    with_base_weights,
     write_adapter,
 )
 from .rewrite import Frugality, Plan, frugality, lora, plan
@@ -64,6 +65,7 @@ __all__ = [
     "stack",
     "subtract",
     "unstack",
+    "with_base_weights",
     "without_dora",
     "write_adapter",
 ]

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Inexact
 
 from . import indices, paths
 from .errors import AdapterError, raise_all
+from .serializing import register, tell_flax
 
 T = TypeVar("T")
 
@@ -78,10 +79,16 @@ def pytree(cls: type[T]) -> type[T]:
         vars(tree).update(rest)
         return tree
 
+    def getstate(tree: T) -> dict[str, Any]:
+        return {name: value for name, value in vars(tree).items() if name != "_aux"}
+
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    # What another version keeps beside the fields may differ.
+    cls.__getstate__ = getstate  # pyright: ignore[reportAttributeAccessIssue]
     return cls
 
 
+@register
 @pytree
 @dataclass(frozen=True)
 class Adapter:
@@ -109,8 +116,8 @@ class Adapter:
         masked: whether it acts only where ``lora(fn)(..., active=mask)`` says, as an aLoRA does.
     """
 
-    a: Float[Array, "*stacked_in r"]
-    b: Float[Array, "*stacked_r_out"]
+    a: Inexact[Array, "*stacked_in r"]
+    b: Inexact[Array, "*stacked_r_out"]
     scale: int | float | Float[Array | np.ndarray, "*mapped"] | None = field(
         metadata=dict(static=is_number)
     )
@@ -126,7 +133,11 @@ class Adapter:
     )
     masked: bool = field(default=False, metadata=dict(static=True))
 
+    def __post_init__(self) -> None:
+        tell_flax()
 
+
+@register
 @pytree
 @dataclass(frozen=True)
 class Full:
@@ -138,7 +149,11 @@ class Full:
 
     value: Inexact[Array, "..."]
 
+    def __post_init__(self) -> None:
+        tell_flax()
 
+
+@register
 @pytree
 @dataclass(frozen=True)
 class Rows:
@@ -159,6 +174,9 @@ class Rows:
     indices: tuple[int, ...] = field(metadata=dict(static=True))
     axes: str = field(default="io", metadata=dict(static=True))
     axis: int = field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        tell_flax()
 
 
 Entry = Adapter | Full | Rows
@@ -255,6 +273,7 @@ def check_fit(params: Any, adapters: Adapters) -> None:
             problems.append(f"{path}: no such parameter")
         else:
             problems += _misfits(name, adapter, tuple(leaves[path].shape))
+            problems += _unreal(path, adapter, leaves[path])
     raise_all(AdapterError, "these adapters do not fit the parameters", problems)
 
 
@@ -290,6 +309,14 @@ def _misfits(path: str, adapter: Entry, shape: tuple[int, ...]) -> list[str]:
         shape = np.shape(adapter.scale)
         problems.append(f"{path}: scale got {shape}, wanted (); map over many with jax.vmap")
     return problems
+
+
+def _unreal(path: str, adapter: Entry, leaf: Any) -> list[str]:
+    """Return that a complex change would lose its imaginary part in a real weight."""
+    value = adapter.a if isinstance(adapter, Adapter) else jax.tree.leaves(adapter)[0]
+    if not np.iscomplexobj(value) or np.iscomplexobj(leaf):
+        return []
+    return [f"{path}: got {value.dtype} values, wanted real ones for {leaf.dtype}"]
 
 
 def _misfitting_rows(path: str, rows: Rows, shape: tuple[int, ...]) -> list[str]:

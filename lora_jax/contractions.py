@@ -76,7 +76,7 @@ def conv(
 
 def take(
     adapter: Adapter, axis: int, gather: Callable[[Array, int], Array]
-) -> Float[Array, "*index kept"]:
+) -> Inexact[Array, "*index kept"]:
     """Return ``s·A[ids]·B``: the change of a lookup's rows, for a weight ``(in, out)``.
 
     Args:

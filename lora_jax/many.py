@@ -18,9 +18,12 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact, Int
 
-from . import paths, rows
+from . import calling, lowrank, paths, rows
 from .adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, pytree, rank
+from .buffers import apart
+from .calling import is_array
 from .errors import AdapterError, raise_all
+from .serializing import register
 
 NONE = -1  # the index of "no adapter"
 AT_ONCE = 512  # the rows that fill a CPU, and whose results stay in its caches
@@ -28,6 +31,7 @@ AT_ONCE = 512  # the rows that fill a CPU, and whose results stay in its caches
 Index = int | Int[Array | np.ndarray, "*batch"]
 
 
+@register
 @pytree
 @dataclass(frozen=True)
 class Stacked:
@@ -126,10 +130,11 @@ def rescale(adapters: Adapters, scales: Mapping[str, Any]) -> dict[str, Entry]:
     problems = [f"{path}: an adapter, but no scale" for path in pairs - scales.keys()]
     problems += [f"{path}: a scale, but no adapter" for path in scales.keys() - pairs]
     raise_all(AdapterError, "these scales are not those of the adapters", sorted(problems))
-    return {
+    whole = {
         path: replace(entry, scale=scales[path]) if isinstance(entry, Adapter) else entry
         for path, entry in adapters.items()
     }
+    return apart(whole, adapters, scales)
 
 
 def map_adapters(fn: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
@@ -169,8 +174,9 @@ def select(stacked: Stacked, index: Index, params: Any = None) -> dict[str, Entr
     Args:
         stacked: K adapters.
         index: which one, a scalar; or ``(batch,)``, and every leaf gets that leading axis for
-            ``per_example``. -1 is no adapter: A, B and the scale are zero, so that the example
-            gets the frozen model's output. A traced index that is out of range is -1, too.
+            ``per_example``. -1 is no adapter: A, B, the scale, DoRA's magnitude and a bias are
+            zero, and the example gets the frozen model's output exactly. A traced index that is
+            out of range is -1, too.
         params: the frozen parameters. Leaves and rows trained in full have their values from
             here where there is no adapter, so they are needed if there are such and the index
             may be -1, as a traced one may.
@@ -220,9 +226,9 @@ def per_example(adapted: Callable[..., Any], *, rows: int | None = None) -> Call
 
     Args:
         adapted: ``adapted(params, adapters, *args)``, such as ``lora(fn)``. Arrays in ``args``
-            and in what it returns have the batch as their leading axis. Keyword arguments are
-            the same for all examples, but for ``dropout_key``, which is split, and ``active``,
-            which has the batch as its leading axis, too.
+            and in what it returns have the batch as their leading axis. What is no array, such as
+            a flag, and keyword arguments are the same for all examples, but for ``dropout_key``,
+            which is split, and ``active``, which has the batch as its leading axis, too.
         rows: of one example, as they meet a weight: its tokens.
 
     Raises:
@@ -241,25 +247,27 @@ def per_example(adapted: Callable[..., Any], *, rows: int | None = None) -> Call
     if rows is not None:
         _check_rows("per_example", rows)
 
+    taken = calling.names_of(adapted, len(calling.OWN)) - {*calling.KEYWORDS}
+
     @functools.wraps(adapted)
-    def batched(
-        params: Any,
-        adapters: Adapters,
-        *args: Any,
-        dropout_key: Any = None,
-        active: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        def one(adapters: Adapters, args: tuple[Any, ...], key: Any, active: Any) -> Any:
-            args, active = jax.tree.map(lambda value: value[None], (args, active))
+    def batched(*given: Any, **named: Any) -> Any:
+        params, adapters, args, kwargs, own = calling.arguments(given, named, taken)
+        dropout_key, active = own["dropout_key"], own["active"]
+        arrays, with_arrays = calling.parted(args, is_array)
+        outputs: dict[str, Any] = {}
+
+        def one(adapters: Adapters, arrays: list[Array], key: Any, active: Any) -> list[Array]:
+            arrays, active = jax.tree.map(lambda value: value[None], (arrays, active))
             given = {"dropout_key": key, "active": active}
             options = kwargs | {name: value for name, value in given.items() if value is not None}
-            outs = adapted(params, adapters, *args, **options)
-            return jax.tree.map(lambda out: jnp.squeeze(out, 0), outs)
+            outs = adapted(params, adapters, *with_arrays(arrays), **options)
+            outs, outputs["rebuild"] = calling.parted(outs, is_array)
+            return [jnp.squeeze(out, 0) for out in outs]
 
         size = jax.tree.leaves(dict(adapters))[0].shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, size)
-        return _mapped(one, (adapters, args, keys, active), rows or 0)
+        outs = _mapped(one, (adapters, arrays, keys, active), rows or 0)
+        return outputs["rebuild"](outs)
 
     return batched
 
@@ -308,7 +316,8 @@ def _where(
     present: Bool[Array, "*batch"], value: Inexact[Array, "..."], frozen: Inexact[Array, "..."]
 ) -> Inexact[Array, "..."]:
     present = present.reshape(present.shape + (1,) * frozen.ndim)
-    return jnp.where(present, value, frozen.astype(value.dtype))
+    dtype = lowrank.wider(value.dtype, frozen.dtype)
+    return jnp.where(present, value.astype(dtype), frozen.astype(dtype))
 
 
 def _index_problems(

@@ -10,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
@@ -31,23 +29,6 @@ from parity_tests import tiny
 ROOT = Path(lora_jax.__file__).parent.parent
 TEXTS = ["win cash prize now", "dinner at home tomorrow", "thanks love"]
 SMALL = "--r 4 --max-length 12 --batch-size 8 --learning-rate 3e-2".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Most tests train the same tiny model, and most of their time is the compiler's."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax import Adapter, LoraConfig, changes, lora, merge, plan
 from lora_jax.errors import PlanError
-from parity_tests import laws, subjects, subjects_products, subjects_structure
+from parity_tests import laws, subjects, subjects_complex, subjects_products, subjects_structure
 from parity_tests.laws import planned, relative
 from parity_tests.tiers import cases
 
@@ -24,8 +24,10 @@ REFUSED = {
     "ragged_dot": "groups of rows",
     "ragged_dot_back": "groups of rows",
     "joined_in": "joined along an axis that is summed over",
+    "complex_made": "an array is added to it",
+    "experts_by_choices": "only a part of axis 0 is summed over",
 }
-EVERY = [*subjects.ALL, *subjects_products.ALL, *subjects_structure.ALL]
+EVERY = [*subjects.ALL, *subjects_products.ALL, *subjects_structure.ALL, *subjects_complex.ALL]
 WITHOUT = [s for s in EVERY if s.materialized or "output_slices" in s.options]
 SUBJECTS = [
     dataclasses.replace(subject, options={**subject.options, "use_dora": True})
@@ -44,10 +46,13 @@ QUICK = (
     "conv_2d_strided",
     "conv_input_gradient",
     "embedding_tied_to_the_head",
+    "embedding_windows",
     "joined_out",
     "split",
     "stop_gradient",
     "repeated",
+    "complex_conjugate",
+    "complex_layers",
 )
 
 
@@ -187,3 +192,37 @@ def test_the_norm_gets_no_gradient_and_bf16_rounds_once():
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=2**-8)
     slope = jax.grad(lambda m: jnp.sum(changes.gain(w, dataclasses.replace(adapter, b=b * m))))(1.0)
     assert float(slope) == 0.0
+
+
+def test_a_column_of_zeros_gives_the_bases_output_and_finite_gradients():
+    """PEFT divides 0 by 0 there; real checkpoints have such columns."""
+    uses = {
+        "io": ((5, 4), lambda p, x: x @ p["w"]),
+        "oi": ((4, 5), lambda p, x: x @ p["w"].T),
+        "sio": ((2, 5, 4), lambda p, x: jax.vmap(jnp.matmul)(jnp.stack([x, -x]), p["w"])),
+    }
+    for axes, (shape, use) in uses.items():
+        out = [slice(None)] * len(shape)
+        out[axes.index("o")] = 1
+        w = jnp.asarray(RNG.normal(size=shape), jnp.float32).at[tuple(out)].set(0)
+        params, x = {"w": w}, jnp.asarray(RNG.normal(size=(3, 5)), jnp.float32)
+        config = LoraConfig(r=2, target_modules=["w"], use_dora=True)
+        start = plan(use, params, config, x).init(jax.random.key(0))
+        assert relative(lora(use)(params, start, x), use(params, x)) < 1e-6, axes
+        assert relative(merge(params, start)["w"], w) < 1e-6, axes
+        trained = jax.tree.map(
+            lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape), leaf.dtype), start
+        )
+        for adapters in (start, trained):
+            got = lora(use)(params, adapters, x)
+            assert relative(got, use(merge(params, adapters), x)) < 1e-5, axes
+            grads = jax.grad(lambda a: jnp.sum(jnp.sin(lora(use)(params, a, x))))(adapters)  # noqa: B023
+            assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads)), axes
+        # Away from the start the column has a direction, and DoRA's formula holds for it.
+        a, b = (np.asarray(leaf, np.float64) for leaf in (trained["w"].a, trained["w"].b))
+        change = trained["w"].scale * a @ b  # (*stacked, in, out)
+        whole = np.asarray(w.T if axes == "oi" else w, np.float64) + change
+        wanted = np.asarray(trained["w"].magnitude)[..., None, :] * whole
+        wanted /= np.linalg.norm(whole, axis=-2, keepdims=True)
+        merged = np.asarray(merge(params, trained)["w"])
+        assert relative(merged.T if axes == "oi" else merged, wanted) < 1e-5, axes

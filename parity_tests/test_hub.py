@@ -257,7 +257,9 @@ def test_a_missing_client_fails_with_the_command_to_install_it(monkeypatch):
         push_to_hub(REPO, found, random_adapters(found))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "a/b/c", "a b/c"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./no/where", "/no/where", "../a/b", "a//b/c", "a b/c"]
+)
 def test_other_names_are_directories(name, hub):
     with pytest.raises(AdapterError, match="An adapter is a directory with"):
         load_config(name)

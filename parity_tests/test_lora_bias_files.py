@@ -22,6 +22,7 @@ from lora_jax import (
     open_adapter,
     plan,
     save_pretrained,
+    write_adapter,
 )
 from lora_jax.errors import AdapterError
 from lora_jax.parity.suite.torch_models import trainable
@@ -123,9 +124,18 @@ def test_a_plan_without_it_does_not_fit_the_file(given):
         encode(found, {name: replace(one, bias=None) for name, one in given[-1].items()})
 
 
-def test_a_file_without_its_model_is_refused(given):
-    with pytest.raises(AdapterError, match="has lora_bias, .* load_pretrained"):
-        open_adapter(given[1])
+def test_a_file_without_its_model_has_the_biases_and_comes_back(given, tmp_path):
+    _, directory, *_, adapters = given
+    file, opened = open_adapter(directory)
+    assert opened.keys() == {"conv", "up"}
+    for name, one in opened.items():
+        np.testing.assert_array_equal(one.bias, adapters[f"{name}.weight"].bias)
+    write_adapter(tmp_path / "again", file, opened)
+    again = open_adapter(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, again[1], opened)
+    without = {name: replace(one, bias=None) for name, one in opened.items()}
+    with pytest.raises(AdapterError, match="conv: got no bias.*\n.*up: got no bias"):
+        write_adapter(tmp_path / "none", file, without)
 
 
 @pytest.mark.parametrize("name", ["scan_of_transposed", "heads_out"])

@@ -150,10 +150,6 @@ BROKEN = {
         with_config(exclude_modules=["0.v"]),
         ["0.v", "leaves it out"],
     ),
-    "the configuration targets more": (
-        with_config(target_modules=["q", "v", "k"]),
-        ["target_modules: 'k' has no adapter"],
-    ),
     "a tensor said twice": (with_header(say_twice), [f"says these names twice: {Q_A}"]),
     "a header of terabytes": (claim_length(2**43), ["the header claims 8796093022208 bytes"]),
     "a header of all bytes": (claim_length(2**64 - 1), ["the header claims"]),

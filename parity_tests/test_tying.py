@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import safetensors.numpy
 import torch
 
 from lora_jax import LoraConfig, load_config, load_pretrained, plan, save_pretrained
+from lora_jax.cli import main
 from lora_jax.errors import AdapterError, PlanError
 from lora_jax.parity.suite.torch_models import trainable
 from parity_tests.test_torch_front import MODELS
@@ -205,3 +207,40 @@ def fitting(given, batch, known, logits):
                 found.append(f"{first} {second}")
     assert len(found) <= 1, "vacuous: several weights give the same"
     return found
+
+
+def test_a_head_that_has_no_weight_of_its_own_is_said_to_be_tied(tmp_path, capsys):
+    """Where a configuration, a file or a merge means the output head of a model that ties it."""
+    path, fn, params, found, drawn = planned("embed_tokens")
+    said = f"output head is tied, it shares {path}"
+    warn = dataclasses.replace(CONFIG, target_modules=["up", "lm_head"], on_unmatched="warn")
+    with pytest.warns(UserWarning, match=f"target_modules 'lm_head' .the {said}"):
+        plan(fn, params, warn, IDS)
+    for fields in (dict(target_modules=["lm_head"]), dict(modules_to_save=["lm_head"])):
+        with pytest.raises(PlanError, match=f"got 'lm_head'.*{said}"):
+            plan(fn, params, dataclasses.replace(CONFIG, **fields), IDS)
+    directory = save_pretrained(tmp_path / "a", found, drawn)
+    tensors = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
+    key = "base_model.model.lm_head.lora_{}.weight"
+    shapes = {key.format("A"): (2, D), key.format("B"): (V, 2)}
+    tensors |= {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+    tied = f"unexpected, as the model's output head is tied: it shares {path}"
+    with pytest.raises(AdapterError) as caught:
+        load_pretrained(directory, found)
+    assert [name for name in shapes if f"{name}: {tied}" not in str(caught.value)] == []
+    # Merged, the model's own file says it; an adapter of another model's head is just not in it.
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config["target_modules"] = ["up", "lm_head"]
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "model").mkdir()
+    stored = {name: np.asarray(value) for name, value in params.items()}
+    safetensors.numpy.save_file(stored, tmp_path / "model" / "model.safetensors")
+    for tie in (True, False):
+        model_config = {"architectures": ["XForCausalLM"], "tie_word_embeddings": tie}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(model_config))
+        argv = ["merge", tmp_path / "model", directory, tmp_path / "out"]
+        assert main([str(one) for one in argv]) == 2
+        err = capsys.readouterr().err
+        assert "lm_head.weight: not in the model" in err
+        assert ("shares the embedding's weight (tie_word_embeddings)" in err) == tie

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,12 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from .. import pointers
 from ..errors import AssetError, raise_all
+from ..intake import is_inside, problem_of, reason, require_regular
 from ..journal import PREFIX, settle
+from ..peft.download import read_index
+from ..shown import listed
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,6 +42,27 @@ class Checkpoint:
     files: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What is not copied from a model's directory.
+
+    Args:
+        old: the same weights in other formats.
+        elsewhere: links that lead out of the directory or nowhere, pipes and devices.
+    """
+
+    old: tuple[str, ...]
+    elsewhere: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return what is said of them."""
+        said = {
+            "not copied, as they hold the old weights": self.old,
+            "not copied, as they are no regular files of the model's directory": self.elsewhere,
+        }
+        return [f"{why}: {', '.join(listed(names))}" for why, names in said.items() if names]
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -70,46 +94,39 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]
         return tensors, file.metadata()
 
 
-def copy_others(checkpoint: Checkpoint, to: Path) -> list[str]:
-    """Copy all files but the weights; return the names of the weights in other formats."""
-    left_out = []
+def copy_others(checkpoint: Checkpoint, to: Path) -> LeftOut:
+    """Copy all regular files but the weights; return the names of what is left out."""
+    old, elsewhere = [], []
     for path in sorted(checkpoint.directory.rglob("*")):
         name = path.relative_to(checkpoint.directory)
         ours = name.parts[0].startswith(PREFIX)  # of a run that writes there
-        if str(name) in checkpoint.files or path.is_dir() or ours:
+        is_folder = path.is_dir() and not path.is_symlink()
+        if str(name) in checkpoint.files or is_folder or ours:
             continue
         if path.name.endswith(OTHER_WEIGHTS) and str(name) != INDEX:
-            left_out.append(str(name))
-            continue
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, to / name)
-    return left_out
+            old.append(str(name))
+        elif not is_inside(path, checkpoint.directory):
+            elsewhere.append(str(name))
+        else:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path.resolve(), to / name)
+    return LeftOut(tuple(old), tuple(elsewhere))
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    if not path.is_file():
-        return None
-    try:
-        where = {
-            str(key): str(name) for key, name in json.loads(path.read_bytes())["weight_map"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError(f"{path} is not an index of shards: {error!r}") from error
-    if odd := sorted({name for name in where.values() if Path(name).name != name}):
-        raise AssetError(f"{path} names files elsewhere: {', '.join(odd)}")
-    if not where:
-        raise AssetError(f"{path} names no tensors")
-    return where
+    return None if problem_of(path) == "missing" else read_index(path, AssetError)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
+    if problem_of(path) == "missing":
         raise AssetError(
             f"{path} is missing. A model is a directory with {WEIGHTS}, or {INDEX} and its shards."
         )
+    pointers.refuse(path, AssetError)
     try:
+        require_regular(path)
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        raise AssetError(f"{path} is not a whole safetensors file: {error}") from error
+        raise AssetError(f"{path} is not a whole safetensors file: {reason(error)}") from error

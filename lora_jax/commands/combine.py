@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from ..adapter import Entry, Full
 from ..combining import combination_error, combine
-from ..peft import fitted, open_adapter, write_adapter
+from ..config_problems import LARGEST_RANK
+from ..errors import AdapterError, ConfigError, raise_all
+from ..peft import AdapterFile, fitted, open_adapter, write_adapter
+from ..peft.carried import base_weights
 from ..peft.halves import LOOKED_UP
+from ..shown import escaped
+from ..train import limits
+from ..train.limits import Range
 from .tables import table
 
 
@@ -42,6 +51,16 @@ class CombineOptions:
     overwrite: bool = False
 
 
+def _check(options: CombineOptions) -> None:
+    ranges = [Range("seed", options.seed, 0, limits.SEED)]
+    ranges += [Range("weights", weight, -limits.RATE, limits.RATE) for weight in options.weights]
+    if options.svd_rank is not None:
+        ranges.append(Range("svd_rank", options.svd_rank, 1, LARGEST_RANK))
+    if options.density is not None:
+        ranges.append(Range("density", options.density, 0, 1, above=True))
+    raise_all(ConfigError, "these options are out of range", limits.problems(ranges))
+
+
 def combine_files(options: CombineOptions) -> str:
     """Write the combination and return how far each module is from the exact weighted sum.
 
@@ -49,8 +68,13 @@ def combine_files(options: CombineOptions) -> str:
         AdapterError: an adapter cannot be read, or they do not go together.
         OutputError: ``out`` cannot be written.
     """
+    _check(options)
     opened = [open_adapter(directory) for directory in options.adapters]
-    trees = [adapters for _, adapters in opened]
+    _refuse_other_tokens(opened, options.adapters)
+    base = _base(opened)
+    trees = [
+        {name: one for name, one in adapters.items() if name not in base} for _, adapters in opened
+    ]
     share = 1 / max(len(trees), 1)
     weights = options.weights or (share,) * len(trees)
     combined = combine(
@@ -66,7 +90,7 @@ def combine_files(options: CombineOptions) -> str:
     write_adapter(
         options.out,
         fitted(opened[0][0], combined),
-        combined,
+        {**combined, **base},
         embeddings=[name for name, one in combined.items() if one.axes == LOOKED_UP],
         overwrite=options.overwrite,
     )
@@ -76,7 +100,38 @@ def combine_files(options: CombineOptions) -> str:
     return "\n".join(
         [
             table(("module", "r", "error against the exact sum"), rows),
-            *(note if len(bases) > 1 else []),
-            f"the combination is in {options.out}",
+            *map(escaped, note if len(bases) > 1 else []),
+            f"the combination is in {escaped(options.out)}",
         ]
     )
+
+
+Opened = Sequence[tuple[AdapterFile, Mapping[str, Entry]]]
+
+
+def _refuse_other_tokens(opened: Opened, names: Sequence[Path]) -> None:
+    """Raise where adapters would act on other tokens of one text than they were trained for."""
+    field = "alora_invocation_tokens"
+    found = {
+        name: getattr(file.config, field) for name, (file, _) in zip(names, opened, strict=True)
+    }
+    different = len({tokens or None for tokens in found.values()}) > 1
+    lines = [f"{name}: {field} is {tokens}" for name, tokens in found.items() if different]
+    raise_all(AdapterError, "these adapters act on different parts of a text", lines)
+
+
+def _base(opened: Opened) -> dict[str, Full]:
+    """Return the base weights that these adapters carry, which must be of one base.
+
+    Raises:
+        AdapterError: lists those that differ.
+    """
+    base: dict[str, Full] = {}
+    problems = {}
+    for file, adapters in opened:
+        for name, one in base_weights(file.config, adapters).items():
+            first = base.setdefault(name, one)
+            if not np.array_equal(np.asarray(first.value), np.asarray(one.value)):
+                problems[name] = f"{name}: the adapters carry different base weights"
+    raise_all(AdapterError, "these adapters are of different models", problems.values())
+    return base

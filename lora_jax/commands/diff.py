@@ -14,7 +14,11 @@ from ..algebra import subtract
 from ..compressing import delta_norm
 from ..errors import AdapterError, raise_all
 from ..factors import misfits, pairs_of, ratio
-from ..peft import AdapterFile, open_adapter
+from ..peft import AdapterFile
+from ..peft.bare import look
+from ..peft.tensors import changed_base
+from ..peft_fields import DEFAULTS
+from ..shown import escaped
 from .tables import table
 
 
@@ -37,7 +41,7 @@ def diff_files(options: DiffOptions) -> str:
     Raises:
         AdapterError: one cannot be read, or a module that both have differs in shape.
     """
-    (file, adapters), (other_file, others) = map(open_adapter, (options.one, options.other))
+    (file, adapters, _), (other_file, others, _) = map(look, (options.one, options.other))
     adapters, others = _widened(adapters), _widened(others)
     problems = misfits([_plain(adapters), _plain(others)])
     raise_all(AdapterError, "these adapters are not of one model", problems)
@@ -49,7 +53,11 @@ def diff_files(options: DiffOptions) -> str:
             where = options.one if name in adapters else options.other
             rows.append((name, "", "", f"only in {where}"))
     fields = _fields(file, other_file) or ["the configurations are equal"]
-    return "\n".join([*fields, "", table(_HEADINGS, rows)])
+    notes = {
+        each.config.init_lora_weights: changed_base(each.config) for each in (file, other_file)
+    }
+    said = [f"note: {note}" for note in notes.values() if note]
+    return "\n".join([*map(escaped, (*fields, *said)), "", table(_HEADINGS, rows)])
 
 
 _HEADINGS = ("module", "r", "|ΔW|", "relative difference")
@@ -126,9 +134,13 @@ def _widened(adapters: Adapters) -> dict[str, Entry]:
 
 
 def _fields(one: AdapterFile, other: AdapterFile) -> list[str]:
+    # Fields that say nothing to this library are compared as they are.
+    every = {**one.other, **other.other}
+    defaults = {name: DEFAULTS.get(name) for name in sorted(every)}
     values = [
         {"base_model": file.base_model, "task_type": file.task_type}
         | {f.name: getattr(file.config, f.name) for f in dataclasses.fields(file.config)}
+        | {name: file.other.get(name, default) for name, default in defaults.items()}
         for file in (one, other)
     ]
     return [

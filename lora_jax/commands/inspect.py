@@ -5,20 +5,27 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from ..adapter import Adapter, Adapters, Full, Rows, count, rank
 from ..compressing import delta_norm, effective_rank
-from ..peft import AdapterFile, open_adapter
+from ..peft import AdapterFile
+from ..peft.bare import look
 from ..peft.halves import in_file
+from ..peft.tensors import changed_base
+from ..shown import escaped
 from .tables import table
 
 # Adapters that were trained use about half of their rank and differ by a few times in norm.
 LOW_SHARE = 0.25
 HUGE_TIMES = 30.0
+
+# A larger number is infinite in a model of this dtype.
+_NARROWEST = ("float16", "float32")
 
 _HEADINGS = ("module", "A", "B", "dtype", "r", "scale", "|A|", "|B|", "|ΔW|", "effective r")
 
@@ -54,18 +61,19 @@ def inspect_files(options: InspectOptions) -> str:
     Raises:
         AdapterError: the adapter cannot be read.
     """
-    file, adapters = open_adapter(options.adapter)
+    file, adapters, unmet = look(options.adapter)
     facts = {name: _facts(one) for name, one in adapters.items() if isinstance(one, Adapter)}
-    found = findings(facts)
+    found = findings(facts) + overflows(facts) + list(filter(None, [changed_base(file.config)]))
+    found = [f"suspicious: {line}" for line in found + unmet]
     return "\n".join(
         [
-            *_configuration(file),
+            *map(escaped, _configuration(file)),
             "",
             table(_headings(file), [_row(name, one) for name, one in facts.items()]),
-            *_full(adapters),
+            *map(escaped, _full(adapters)),
             "",
             f"{len(facts)} modules, {count(adapters):,} trained values",
-            *(found or ["nothing suspicious"]),
+            *map(escaped, found or ["nothing suspicious"]),
         ]
     )
 
@@ -90,12 +98,29 @@ def findings(facts: Mapping[str, Facts]) -> list[str]:
     dtypes |= {one.adapter.b.dtype.name for one in facts.values()}
     if len(dtypes) > 1:
         found.append(f"the dtypes differ: {', '.join(sorted(dtypes))}")
-    return [f"suspicious: {line}" for line in found]
+    return found
+
+
+def overflows(facts: Mapping[str, Facts]) -> list[str]:
+    """Return where a scale, or ``ΔW``, is beyond a dtype that models have: merged it is infinite.
+
+    ``‖ΔW‖`` is not below its largest value; a change of this size is none that was trained.
+    """
+    found = []
+    for name, one in facts.items():
+        for what, value in (("the scale", one.adapter.scale), ("|ΔW|", one.norms[2])):
+            size = abs(float(np.asarray(value)))
+            beyond = [dtype for dtype in _NARROWEST if not size <= float(jnp.finfo(dtype).max)]
+            if beyond:
+                found.append(f"{name}: {what} is {size:.3g}, beyond {' and '.join(beyond)}")
+    return found
 
 
 def _facts(adapter: Adapter) -> Facts:
     a, b = (float(jnp.linalg.norm(half.astype(jnp.float32))) for half in (adapter.a, adapter.b))
-    return Facts(adapter, (a, b, delta_norm(adapter)), effective_rank(adapter))
+    # The scale is a number of Python's, so that a change beyond float32 has its size here.
+    change = delta_norm(replace(adapter, scale=1.0)) * abs(float(np.asarray(adapter.scale)))
+    return Facts(adapter, (a, b, change), effective_rank(adapter))
 
 
 def _row(name: str, facts: Facts) -> tuple[str, ...]:
@@ -122,6 +147,8 @@ def _configuration(file: AdapterFile) -> list[str]:
     lines = [f"base model: {file.base_model}", f"task type: {file.task_type}"]
     for field in dataclasses.fields(file.config):
         value = getattr(file.config, field.name)
+        if not field.compare:
+            continue
         always = field.name in ("r", "lora_alpha", "target_modules")
         if always or value != getattr(default, field.name):
             lines.append(f"{field.name}: {value}")

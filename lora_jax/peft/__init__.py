@@ -2,7 +2,13 @@
 
 from .bare import fitted, open_adapter, write_adapter
 from .config_json import AdapterFile
-from .files import load_adapter_file, load_config, load_pretrained, save_pretrained
+from .files import (
+    load_adapter_file,
+    load_config,
+    load_pretrained,
+    save_pretrained,
+    with_base_weights,
+)
 from .hub import model_card, push_to_hub
 from .strict import LoadReport
 from .tensors import decode, encode
@@ -20,5 +26,6 @@ __all__ = [
     "open_adapter",
     "push_to_hub",
     "save_pretrained",
+    "with_base_weights",
     "write_adapter",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -18,15 +19,17 @@ from ..adapter import Adapter, Adapters, Entry, Full, Rows, rank
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..naming import EMBEDDING
+from .carried import is_vocabulary
 from .config_json import AdapterFile
 from .download import located
 from .files import load_adapter_file, read_weights, write_directory
 from .halves import LINEAR, LOOKED_UP, in_file, is_written, part_of
 from .halves import problems as part_problems
 from .halves import read as read_parts
+from .implied import with_heads
 from .slots import PREFIX, ROWS
-from .strict import refuse_hanging, row_problems, rows_of, target_problems
-from .tensors import is_finite
+from .strict import idle, refuse_hanging, row_problems, rows_of, target_problems
+from .tensors import changed_base, is_finite
 
 T = TypeVar("T")
 
@@ -45,23 +48,39 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Entry]]:
         ``"oi"``, ``"oiii"`` for a convolution's kernel with a window of two axes, or ``"io"`` for
         a weight whose rows are looked up. A module stored as ``Conv1D`` is ``"oi"``, too: the
         file does not tell. Rows have their module's name,
-        too, and leaves trained in full their parameter's.
+        too, and leaves trained in full their parameter's. So have base weights of an embedding or
+        an output head, which PEFT writes beside its pair or where the vocabulary was resized: the
+        pair is of that weight.
+
+    A warning lists the targets that name no module of the file.
 
     Raises:
-        AdapterError: a file is missing or unreadable; or lists every tensor without its other
-            half, unexpected, misshapen, of a rank that is not the configuration's, of a dtype
-            that is not floating point, or not finite, and every name where targets and
-            tensors disagree.
+        AdapterError: a file is missing or unreadable, or is for a base that its initialisation
+            changed; or lists every tensor without its other half, unexpected, misshapen, of a rank
+            that is not the configuration's, of a dtype that is not floating point, or not finite,
+            and every module with a tensor that the targets leave out.
 
     Source: the file format of PEFT 0.21.2.
     """
+    file, adapters, unmet = look(directory)
+    if problem := changed_base(file.config):
+        raise AdapterError(f"{directory}: {problem}")
+    if unmet:
+        warnings.warn(f"in {directory}: {', '.join(unmet)}", stacklevel=2)
+    return file, adapters
+
+
+def look(directory: str | Path) -> tuple[AdapterFile, dict[str, Entry], list[str]]:
+    """Read as ``open_adapter`` does, for the eye: also adapters of a changed base.
+
+    Returns:
+        What ``open_adapter`` returns, and a line for every listed target without an adapter.
+
+    Raises:
+        AdapterError: as ``open_adapter``, but for an initialisation that changed the base.
+    """
     directory = located(directory)
     file = load_adapter_file(directory)
-    if file.config.lora_bias:
-        raise AdapterError(
-            f"{directory} has lora_bias, which belongs to the base model's biases: plan the model "
-            "with load_config(directory) and read it with load_pretrained"
-        )
     if file.config.target_parameters:
         raise AdapterError(
             f"{directory} has target_parameters={file.config.target_parameters!r}, whose tensors "
@@ -69,6 +88,7 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Entry]]:
             "load_config(directory) and read it with load_pretrained"
         )
     tensors = read_weights(directory)
+    file = with_heads(file, tensors)
     origin = f"{directory} is not a whole adapter"
     tokens = rows_of(file.config, tensors)
     own = {name: tensors[f"{PREFIX}{name}.{ROWS}"] for name in tokens}
@@ -78,12 +98,13 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Entry]]:
     refuse_hanging(file.config, halves)
     problems += row_problems(file.config, tokens)
     problems += [p for name, tokens in tokens.items() for p in _row_problems(name, tokens, own)]
-    dora, masked = file.config.use_dora, bool(file.config.alora_invocation_tokens)
+    dora, biased = file.config.use_dora, file.config.lora_bias
+    masked = bool(file.config.alora_invocation_tokens)
     scales = {}
     for module, (kind, parts) in halves.items():
         r, alpha = configs.rank_and_alpha(file.config, module)
         scales[module] = configs.scale(file.config, r, alpha)
-        problems += part_problems(module, kind, parts, r, dora=dora)
+        problems += part_problems(module, kind, parts, r, dora=dora, biased=biased)
     problems += target_problems(file.config, halves)
     raise_all(AdapterError, origin, sorted(problems))
     adapters: dict[str, Entry] = {
@@ -96,7 +117,8 @@ def open_adapter(directory: str | Path) -> tuple[AdapterFile, dict[str, Entry]]:
         )
         for name, value in own.items()
     }
-    return file, adapters | {name: Full(jnp.asarray(value)) for name, value in full.items()}
+    adapters |= {name: Full(jnp.asarray(value)) for name, value in full.items()}
+    return file, adapters, idle(file.config, halves)
 
 
 def write_adapter(
@@ -183,7 +205,7 @@ def fitted(file: AdapterFile, adapters: Adapters) -> AdapterFile:
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
     )
     refuse_hanging(config, pairs)
-    if target_problems(config, pairs):
+    if target_problems(config, pairs) or idle(config, pairs):
         config = replace(
             config,
             target_modules=tuple(sorted(pairs)),
@@ -218,10 +240,14 @@ def _sorted(
     for name, value in full.items():
         owner, _, leaf = name.rpartition(paths.SEPARATOR)
         module = owner.removesuffix(_WRAPPED)
-        wrapped = module != owner
-        if wrapped != (module in halves) or not _is_trained(file.config, module, leaf, halves):
+        wrapped, known = module != owner, module in halves
+        trained = wrapped == known and _is_trained(file.config, module, leaf, halves)
+        own = is_vocabulary(module) and leaf in ("weight", "bias") and (known or not wrapped)
+        if not (trained or own):
             why = "base weights inside the file" if wrapped else "unexpected"
             problems.append(f"{PREFIX}{name}: {why}")
+        elif f"{module}.{leaf}" in named:
+            problems.append(f"{PREFIX}{name}: the file has the same one under another name, too")
         named[f"{module}.{leaf}"] = value
     return halves, named, problems
 
@@ -271,8 +297,9 @@ def _unwritable(module: str, adapter: Adapter, config: LoraConfig) -> list[str]:
     if (adapter.magnitude is not None) != config.use_dora:
         got = "no magnitude" if adapter.magnitude is None else "DoRA's magnitude"
         found.append(f"{module}: got {got}, the configuration has use_dora={config.use_dora}")
-    if adapter.bias is not None:
-        found.append(f"{module}: lora_bias has no place without its model")
+    if (adapter.bias is not None) != config.lora_bias:
+        got = "no bias" if adapter.bias is None else "a bias"
+        found.append(f"{module}: got {got}, the configuration has lora_bias={config.lora_bias}")
     if adapter.masked != bool(config.alora_invocation_tokens):
         found.append(f"{module}: masked={adapter.masked}, which alora_invocation_tokens deny")
     if paths.module_of(module) != module:

@@ -14,19 +14,23 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, raise_all
+from ..initializers import INITIALIZERS
 from ..peft_fields import DEFAULTS, FOREIGN, refused
 
-# The names that PEFT itself accepts; ours beyond them are PEFT's default once drawn.
-_PEFT_INITS = (True, False, "gaussian", "orthogonal")
+# How A and B are drawn says nothing about a file's numbers. These names only this library has.
+_OUR_INITS = frozenset(INITIALIZERS) - {True, False, "gaussian", "orthogonal"}
 
 # What only this library knows: it changes how the numbers are formed, or has no place in the file.
-_LOCAL = ("on_unsupported", "output_slices", "transposed_parameters")
+_LOCAL = ("on_unsupported", "output_slices", "transposed_parameters", "on_unmatched")
 
 _OWN = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _LOCAL)
 
 
 # What AdapterFile has a place for beside the configuration.
 _RECORDED = {"base_model_name_or_path", "peft_type", "peft_version", "task_type"}
+
+# What MLX-LM's adapter_config.json has, and PEFT's has not.
+MLX_FIELD = "lora_parameters"
 
 # Every field of PEFT 0.21.2's LoraConfig.
 KNOWN = frozenset((*_OWN, *FOREIGN))
@@ -67,7 +71,7 @@ def encode(file: AdapterFile) -> bytes:
         # Their order counts; and where no target is set, PEFT looks up those of the architecture.
         own["target_parameters"] = list(file.config.target_parameters)
         own["target_modules"] = [] if own["target_modules"] is None else own["target_modules"]
-    if own["init_lora_weights"] not in _PEFT_INITS:
+    if own["init_lora_weights"] in _OUR_INITS:
         own["init_lora_weights"] = True
     recorded = {
         "base_model_name_or_path": file.base_model,
@@ -95,10 +99,17 @@ def decode(content: bytes, origin: str = "adapter_config.json") -> AdapterFile:
         raise AdapterError(f"{origin} is not JSON: {error}. Save the adapter again.") from error
     if not isinstance(fields, Mapping):
         raise AdapterError(f"{origin}: got a JSON {type(fields).__name__}, wanted an object")
+    if MLX_FIELD in fields and "peft_type" not in fields:
+        raise AdapterError(
+            f"{origin} is of an MLX-LM adapter: `lora-jax convert` makes a PEFT directory of it"
+        )
+    fields = _without_empty(fields)
     problems = [f"{name}: said twice" for name in twice] + _problems(fields)
     raise_all(AdapterError, f"{origin} asks for what is not supported", problems)
     try:
-        config = LoraConfig(**{name: fields[name] for name in _OWN if name in fields})
+        own = {name: fields[name] for name in _OWN if name in fields}
+        # One file serves several families of models.
+        config = LoraConfig(**own, on_unmatched="warn")
     except (ConfigError, TypeError, AttributeError) as error:
         raise AdapterError(f"{origin}: {error}") from error
     if newer := sorted(fields.keys() - KNOWN):
@@ -114,6 +125,16 @@ def decode(content: bytes, origin: str = "adapter_config.json") -> AdapterFile:
         fields.get("peft_version"),
         {name: fields[name] for name in fields if name not in _OWN and name not in _RECORDED},
     )
+
+
+def _without_empty(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what says nothing, so that it is PEFT's default: null for a switch or a table."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (value is None and set(_KINDS.get(name, ())) & {bool, dict})
+        and not (name == "trainable_token_indices" and value == {})
+    }
 
 
 def parse(content: bytes) -> tuple[Any, list[str]]:
@@ -167,8 +188,8 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
     return found
 
 
-# Lists whose order counts; the others are written sorted.
-_IN_ORDER = ("alora_invocation_tokens",)
+# Lists whose order counts; the others are written sorted. Of layers_pattern the first hit wins.
+_IN_ORDER = ("alora_invocation_tokens", "layers_pattern")
 
 _NAMES = (str, list, type(None))
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from .. import paths
+from .. import paths, pointers
 from ..adapter import Adapters, Entry
+from ..buffers import apart
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import claimed
+from ..intake import read_bytes
 from ..naming import Names
 from ..rewrite import Plan
-from . import config_json, renaming, tensors, tying, views
+from . import (
+    carried,
+    config_json,
+    families,
+    implied,
+    renaming,
+    shards,
+    spelling,
+    tensors,
+    tying,
+    views,
+)
 from .config_json import AdapterFile
-from .download import CONFIG_NAME, WEIGHTS_NAME, located
+from .download import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, located
 from .ranges import without_ranges
-from .slots import is_held
-from .strict import LoadReport, header_problem
+from .slots import is_held, slots
+from .strict import LoadReport
 
 
 def save_pretrained(
@@ -85,6 +98,9 @@ def encoded(
     tying.check(plan, config, to_torch)
     contents = tensors.encode(plan, adapters, to_torch.__getitem__)
     contents |= tying.copies(plan, config, to_torch, contents)
+    if config.init_lora_weights == "eva":
+        # How they began; beside this name PEFT wants the data's own configuration, too.
+        config = replace(config, init_lora_weights=True)
     return _files(AdapterFile(config, base_model, task_type), contents)
 
 
@@ -116,12 +132,18 @@ def load_pretrained(
     *,
     names: Names = ...,
     strict: Literal[True] = ...,
+    subfolder: str | None = ...,
 ) -> dict[str, Entry]: ...
 
 
 @overload
 def load_pretrained(
-    directory: str | Path, plan: Plan, *, names: Names = ..., strict: Literal[False]
+    directory: str | Path,
+    plan: Plan,
+    *,
+    names: Names = ...,
+    strict: Literal[False],
+    subfolder: str | None = ...,
 ) -> tuple[dict[str, Entry], LoadReport]: ...
 
 
@@ -131,16 +153,21 @@ def load_pretrained(
     *,
     names: Names = paths.module_of,
     strict: bool = True,
+    subfolder: str | None = None,
 ) -> dict[str, Entry] | tuple[dict[str, Entry], LoadReport]:
     """Read the adapters of a PEFT directory, all of it or nothing.
 
     Args:
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``. A string that
-            names no directory may be a hub id, ``user/repo`` or ``user/repo@revision``.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``, or shards and
+            their index. A string that names no directory may be a hub id: ``user/repo``,
+            ``user/repo/folder``, or either with ``@revision``.
         plan: the plan for the model, made from ``load_config(directory)``.
-        names: the PyTorch module name of a path, as when saving.
+        names: the PyTorch module name of a path, as when saving. Without them, names that differ
+            as those of a known family do (see ``peft.families``) are read as the model's, with
+            a warning, where all of them then fit.
         strict: False loads the adapters that fit, warns of everything else, and returns the
             adapters and a ``LoadReport``. Files that cannot be read are refused either way.
+        subfolder: where in the directory or repository the adapter is.
 
     Raises:
         AdapterError: a file is missing or unreadable, or anything in it does not fit the plan:
@@ -148,24 +175,46 @@ def load_pretrained(
             ranks, scales or targets that are not the plan's; or an initialisation that changed
             the base they belong to. Everything is listed.
 
+    Base weights in the file (an embedding's or output head's, which PEFT writes where one is a
+    target or the vocabulary was resized) are compared with the parameters of the plan. Others than
+    theirs are ``Full`` entries, with a warning; where the module has a pair, too, they are an
+    error: ``with_base_weights`` puts them in first.
+
     Adapters of a file with ``alora_invocation_tokens`` act from these on: call the adapted
     function with ``active=alora_mask(input_ids, plan.config.alora_invocation_tokens)``.
     """
-    directory = located(directory)
+    directory = located(directory, subfolder=subfolder)
     config = load_config(directory)
+    if not plan.of_changed_base and (problem := tensors.changed_base(config)):
+        raise AdapterError(f"{directory}: {problem}")
+    contents = read_weights(directory)
     to_torch = renaming.file_names(plan, names)
+    if names is paths.module_of:
+        names = _names_of_family(contents, to_torch.values(), directory, whole=True) or names
+        to_torch = renaming.file_names(plan, names)
     tying.check(plan, config, to_torch)
-    contents = tying.without_copies(plan, config, to_torch, read_weights(directory))
+    contents = tying.without_copies(plan, config, to_torch, contents)
     renaming.refuse_hanging(config, contents)
+    to_file = names
     view, names, back = views.from_file(plan, names, config, contents)
     in_view = renaming.file_names(view, names).__getitem__
+    expected = [slot.key for slot in slots(view, in_view)]
+    contents, base, unlike_base = carried.taken(plan, to_file, contents, expected)
     adapters, unfit = tensors.decode_what_fits(view, contents, in_view)
     unlike = renaming.differing(view, config, names)
     same = renaming.fitting(view, config, names) | view.full.keys()
     fit, unjoined = back({path: one for path, one in adapters.items() if path in same})
-    problems = unlike + unfit + unjoined
+    problems = unlike + unfit + unjoined + list(unlike_base.values())
+    fit = {path: one for path, one in fit.items() if path not in unlike_base} | base
     if strict:
         raise_all(AdapterError, f"{directory} does not fit the model and its plan", problems)
+    if base:
+        warnings.warn(
+            f"{directory} carries base weights that are not the model's; they are entries trained "
+            f"in full: {', '.join(base)}",
+            stacklevel=2,
+        )
+    if strict:
         return fit
     planned = {leaf.path for leaf in plan.leaves if is_held(plan, leaf)}
     left_out = sorted(planned - fit.keys())
@@ -175,10 +224,36 @@ def load_pretrained(
     return fit, report
 
 
+def with_base_weights(
+    directory: str | Path, plan: Plan, params: Any, *, names: Names = paths.module_of
+) -> Any:
+    """Return the parameters with the base weights that an adapter file carries in their place.
+
+    PEFT writes them where the vocabulary was resized, or an embedding or output head is a target.
+    Plan again with what is returned: its vocabulary may be another one.
+
+    Args:
+        directory: as in ``load_pretrained``.
+        plan: for the model as it is, made from ``load_config(directory)``.
+        params: the model's parameters.
+        names: the PyTorch module name of a path, as in ``load_pretrained``.
+
+    Raises:
+        AdapterError: lists every base weight of the file that does not fit the model.
+    """
+    return apart(carried.put(plan, names, read_weights(located(directory)), params), params)
+
+
 def load_config(
-    directory: str | Path, *, names: Names = paths.module_of, params: Any = None
+    directory: str | Path,
+    *,
+    names: Names = paths.module_of,
+    params: Any = None,
+    subfolder: str | None = None,
 ) -> LoraConfig:
     """Return the configuration of a PEFT directory, or a hub id, to plan with.
+
+    Where the file has no ``target_modules``, they are the modules of its tensors.
 
     Args:
         directory: holds ``adapter_config.json``; with ``names`` its tensors are looked at, too.
@@ -186,26 +261,46 @@ def load_config(
             JAX modules that the file's tensors belong to, with the ranks they have there.
         params: the model's parameters or their shapes. A table goes without them, and the
             targets are one regular expression then: what else names could mean is not known.
+            Without ``names``, a file in other names of a known family (``peft.families``) is
+            read in the model's.
+        subfolder: as in ``load_pretrained``.
 
     Raises:
         AdapterError: a file is missing, unreadable, or asks for what is not supported; or lists
             every module without a name in the JAX model.
     """
-    config = load_adapter_file(directory).config
-    if names is paths.module_of:
+    file = load_adapter_file(directory, subfolder=subfolder)
+    config = file.config
+    untargeted = config.target_modules is None and not config.target_parameters
+    plain = names is paths.module_of and params is None and not untargeted
+    if plain and not implied.heads(file):
         return config
-    return renaming.in_jax(config, read_weights(located(directory)), names, params)
+    found = located(directory, subfolder=subfolder)
+    if plain and not any((found / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        return config
+    tensors = read_weights(found)
+    config = implied.with_heads(file, tensors).config
+    if untargeted:
+        config = renaming.targeting(config, tensors)
+    if names is paths.module_of:
+        own = () if params is None else {paths.module_of(path) for path in paths.flatten(params)}
+        family = _names_of_family(tensors, own, found) if own else None
+        if family is None:
+            return config
+        names = family
+    return renaming.in_jax(config, tensors, names, params)
 
 
-def load_adapter_file(directory: str | Path) -> AdapterFile:
+def load_adapter_file(directory: str | Path, *, subfolder: str | None = None) -> AdapterFile:
     """Return all that ``adapter_config.json`` says, base model and task type included.
 
     Raises:
         AdapterError: as ``load_config``.
     """
-    path = located(directory, CONFIG_NAME) / CONFIG_NAME
+    path = located(directory, CONFIG_NAME, subfolder=subfolder) / CONFIG_NAME
+    pointers.refuse(path, AdapterError)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise AdapterError(
             f"cannot read {path}: {error.strerror}. An adapter is a directory with {CONFIG_NAME} "
@@ -215,22 +310,20 @@ def load_adapter_file(directory: str | Path) -> AdapterFile:
 
 
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of ``adapter_model.safetensors`` by their names in the file.
+    """Return the tensors of an adapter, in shards or not, by the names that PEFT's file has.
 
     Raises:
-        AdapterError: the file is missing, broken, or a pickle.
+        AdapterError: a file is missing, broken, or a pickle; or several tensors mean the same.
     """
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        pickled = (directory / "adapter_model.bin").exists()
-        hint = " adapter_model.bin is a pickle, which is never read: save it again as safetensors."
-        raise AdapterError(f"{path} is missing.{hint if pickled else ''}")
-    try:
-        if problem := header_problem(path):
-            raise ValueError(problem)
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError, OverflowError) as error:
-        raise AdapterError(
-            f"{path} is not a whole safetensors file: {error}. Copy or save it again."
-        ) from error
+    return spelling.plain(shards.read(directory), directory)
+
+
+def _names_of_family(
+    tensors: Iterable[str], modules: Collection[str], origin: object, *, whole: bool = False
+) -> Callable[[str], str] | None:
+    """Return the names in the file where they are a known family's others, and warn of it."""
+    file = families.modules_of(tensors)
+    if (found := families.find(file, modules, whole=whole)) is None:
+        return None
+    warnings.warn(f"{origin}: {found.told(file)}", stacklevel=3)
+    return found.of_path

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapter import IN, OUT, Adapter, rank
-from .slots import MAGNITUDE, PREFIX
+from .slots import BIAS, MAGNITUDE, PREFIX
 
 # The axes that a weight has in PyTorch; a convolution's kernel has further ``i`` for its window.
 LINEAR, LOOKED_UP = OUT + IN, IN + OUT
@@ -21,7 +21,7 @@ _PAIRS = {
     LINEAR: (".lora_A.weight", ".lora_B.weight"),
     LOOKED_UP: (".lora_embedding_A", ".lora_embedding_B"),
 }
-_MAGNITUDE = f".{MAGNITUDE}"
+_MAGNITUDE, _BIAS = f".{MAGNITUDE}", f".{BIAS}"
 
 # Windows of one, two and three axes.
 _MOST_AXES = 5
@@ -39,8 +39,9 @@ def part_of(name: str) -> tuple[str, str, str] | None:
         for part, suffix in zip("ab", suffixes, strict=True):
             if name.endswith(suffix):
                 return name.removesuffix(suffix), part, kind
-    if name.endswith(_MAGNITUDE):
-        return name.removesuffix(_MAGNITUDE), "magnitude", ""
+    for part, suffix in (("magnitude", _MAGNITUDE), ("bias", _BIAS)):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), part, ""
     return None
 
 
@@ -51,24 +52,30 @@ def is_written(axes: str) -> bool:
     return kernel or axes == LOOKED_UP
 
 
-def problems(module: str, kind: str, parts: Parts, r: int, *, dora: bool) -> list[str]:
+def problems(
+    module: str, kind: str, parts: Parts, r: int, *, dora: bool, biased: bool = False
+) -> list[str]:
     """Return what is wrong with the tensors of one module.
 
     Args:
         module: its name.
         kind: ``"oi"`` or ``"io"``, as ``part_of`` has it; empty where neither A nor B is there.
-        parts: what the file has of ``a``, ``b`` and ``magnitude``.
+        parts: what the file has of ``a``, ``b``, ``magnitude`` and ``bias``.
         r: the configuration's rank.
         dora: whether the configuration is DoRA's.
+        biased: whether it has ``lora_bias``.
     """
-    names = dict(zip("ab", _PAIRS[kind or LINEAR], strict=True)) | {"magnitude": _MAGNITUDE}
+    names = dict(zip("ab", _PAIRS[kind or LINEAR], strict=True))
+    names |= {"magnitude": _MAGNITUDE, "bias": _BIAS}
     keys = {part: f"{PREFIX}{module}{name}" for part, name in names.items()}
-    wanted = ["a", "b", *(["magnitude"] if dora else [])]
+    wanted = ["a", "b", *(["magnitude"] if dora else []), *(["bias"] if biased else [])]
     if missing := [f"{keys[part]}: missing" for part in wanted if part not in parts]:
         return missing
     found = []
     if "magnitude" in parts and not dora:
         found.append(f"{keys['magnitude']}: unexpected, as use_dora is false")
+    if "bias" in parts and not biased:
+        found.append(f"{keys['bias']}: unexpected, as lora_bias is false")
     a, b = (tuple(parts[part].shape) for part in "ab")
     window, most = a[2:], 2 if kind == LOOKED_UP else _MOST_AXES
     for part, shape, axis in (("a", a, 0), ("b", b, 1)):
@@ -85,13 +92,15 @@ def problems(module: str, kind: str, parts: Parts, r: int, *, dora: bool) -> lis
         shape = (1, b[0], *b[2:]) if window else (b[0],)
         if (got := tuple(parts["magnitude"].shape)) != shape:
             found.append(f"{keys['magnitude']}: got {got}, wanted {shape}")
+    if "bias" in parts and biased and not found and parts["bias"].shape != b[:1]:
+        found.append(f"{keys['bias']}: got {parts['bias'].shape}, wanted {b[:1]}")
     return found
 
 
 def read(kind: str, parts: Parts, scale: float, dropout: int | float, *, masked: bool) -> Adapter:
     """Return the adapter that the tensors of one module are, for which there are no problems."""
     a, b = parts["a"], parts["b"]
-    magnitude = parts.get("magnitude")
+    magnitude, bias = (parts.get(part) for part in ("magnitude", "bias"))
     return Adapter(
         jnp.asarray(np.ascontiguousarray(np.moveaxis(a, 0, -1))),
         jnp.asarray(np.ascontiguousarray(b.reshape(b.shape[:2]).T)),
@@ -99,6 +108,7 @@ def read(kind: str, parts: Parts, scale: float, dropout: int | float, *, masked:
         kind + IN * (a.ndim - 2),
         dropout,
         magnitude=None if magnitude is None else jnp.asarray(magnitude.ravel()),
+        bias=None if bias is None else jnp.asarray(bias),
         masked=masked,
     )
 
@@ -118,4 +128,6 @@ def in_file(adapter: Adapter) -> dict[str, np.ndarray]:
     if adapter.magnitude is not None:
         shape = (1, out, *ones) if ones else (out,)
         found[_MAGNITUDE] = np.asarray(adapter.magnitude).reshape(shape)
+    if adapter.bias is not None:
+        found[_BIAS] = np.asarray(adapter.bias)
     return {name: np.ascontiguousarray(array) for name, array in found.items()}

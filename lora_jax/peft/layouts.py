@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,8 +77,10 @@ def converted(
         tensors: the file.
         part: the beginning of the names to convert, such as ``"lora_unet_"``; it is cut off.
         modules: of the model, which kohya's names need; others are looked up among them.
-        lora_alpha: for layouts that do not store it. Beside "down" and "up" its default is r.
+        lora_alpha: for layouts that do not store it, or in the place of the configuration's.
+            Beside "down" and "up" its default is r.
         config: of a directory whose tensors lack PEFT's prefix; it has every module's alpha.
+            Its other fields are kept.
 
     Raises:
         AdapterError: lists every tensor that is unexpected, misshapen, not finite or without
@@ -102,7 +104,7 @@ def converted(
         if not own:
             module, r = names[owner][0], int(tensors[halves[A]].shape[0])
             alpha = _alpha(halves, tensors, lora_alpha)
-            if config is not None:
+            if config is not None and lora_alpha is None:
                 wanted, given = configs.rank_and_alpha(config, module)
                 alpha = configs.scale(config, wanted, given) * r
                 own = [] if wanted == r else [f"{owner}: got r={r}, the configuration's {wanted}"]
@@ -112,13 +114,25 @@ def converted(
         problems += own
     if not found:
         problems.append("no tensor of an adapter")
+    problems += [] if config is None else _unmet(config)
     raise_all(AdapterError, "this file cannot be converted", sorted(problems))
     new = _renamed(found, {owner: name for owner, (name, _) in names.items()}, tensors)
     r, alpha = (
         Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True)
     )
-    base = LoraConfig(r=r, lora_alpha=alpha)
-    return Converted(exact(base, ranks, (), modules or ranks), new, ranks)
+    # What the configuration says beside ranks, scales and targets is said of the copy, too.
+    base = replace(config or LoraConfig(), r=r, lora_alpha=alpha, use_rslora=False)
+    saved = base.modules_to_save or ()
+    return Converted(exact(base, ranks, saved, modules or ranks), new, ranks)
+
+
+def _unmet(config: LoraConfig) -> list[str]:
+    """Return the fields that need tensors which none of these layouts has."""
+    return [
+        f"{name}: the configuration has {value!r}, and the file no tensors for it"
+        for name in ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+        if (value := getattr(config, name))
+    ]
 
 
 def _part(tensors: Iterable[str], part: str | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -96,8 +97,11 @@ def in_jax(
     rows = strict.rows_of(config, tensors)
     meant = [*sorted({module.meant for module in adapted}), *parameters]
     strict.refuse_hanging(config, meant)
+    unmet = strict.idle(config, meant)
     problems += strict.target_problems(config, meant) + strict.row_problems(config, rows)
     raise_all(AdapterError, "the configuration and the tensors disagree", problems)
+    if unmet:
+        warnings.warn(f"in the adapter's configuration: {', '.join(unmet)}", stacklevel=3)
     wanted = {module.name for module in adapted} | saved | rows.keys()
     if isinstance(names, Mapping) and params is None:
         found, known = {name: origins(names, name) for name in (*wanted, *parameters)}, None
@@ -134,6 +138,20 @@ def in_jax(
         known,
         {one.name: own for module, own in rows.items() for one in found[module]},
         {name: plain[name] for name in bare},
+    )
+
+
+def targeting(config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
+    """Return a configuration without targets with those of a file's tensors: these, no other."""
+    adapted, _ = _modules(config, keys)
+    if not (meant := sorted({module.meant for module in adapted})):
+        return config
+    return replace(
+        config,
+        target_modules="|".join(map(re.escape, meant)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
     )
 
 

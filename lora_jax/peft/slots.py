@@ -116,7 +116,7 @@ def _slots(
     for index in itertools.product(*map(range, stacked)):
         name = PREFIX + module.format(*index)
         if leaf.adapted:
-            fan_out, fan_in, *window = _file_shape(leaf)
+            fan_out, fan_in, *window = file_shape(leaf)
             ones = (1,) * len(window)
             yield Slot(f"{name}.{a_name}", leaf.path, "a", index, (leaf.r, fan_in, *window))
             b_shape, factor = (fan_out, leaf.r, *ones), 2 if leaf.owner else 1
@@ -132,7 +132,7 @@ def _slots(
             bias = paths.leaf_name(leaf.path) in paths.BIAS_NAMES
             wrapped = ".base_layer" if bias and host is not None else ""
             key = f"{name}{wrapped}.{'bias' if bias else 'weight'}"
-            shape = _file_shape(leaf, whole=True) if leaf.axes else leaf.shape
+            shape = file_shape(leaf, whole=True) if leaf.axes else leaf.shape
             yield Slot(key, leaf.path, "value", index, shape)
 
 
@@ -158,12 +158,12 @@ def _packed_slots(
             yield Slot(f"{key}.{half}.weight", leaf.path, part, index, shape, packing)
 
 
-def _file_shape(leaf: LeafPlan, *, whole: bool = False) -> tuple[int, ...]:
+def file_shape(leaf: LeafPlan, *, whole: bool = False) -> tuple[int, ...]:
     """Return the shape that the file gives a weight: ``(out, in, *window)``.
 
     A ``whole`` embedding is the other way round: PyTorch keeps a row for each token.
     """
-    _, out, in_, window = _in_file_order(leaf)
+    _, out, in_, window = _in_filefile_axes(leaf)
     order = (in_, out, window) if whole and leaf.looked_up else (out, in_, window)
     sizes = [[leaf.shape[axis] for axis in axes] for axes in order]
     return (math.prod(sizes[0]), math.prod(sizes[1]), *sizes[2])
@@ -176,7 +176,7 @@ def shapes(leaf: LeafPlan) -> dict[str, tuple[int, ...]]:
     return {"a": leaf.a_shape, "b": leaf.b_shape} | magnitude | bias
 
 
-def _in_file_order(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], list[int]]:
+def _in_filefile_axes(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], list[int]]:
     """Return a weight's axes in the order of the file: stacked, out, in, and the window's."""
 
     def axes(letter: str, window: bool = False) -> list[int]:
@@ -189,9 +189,9 @@ def _in_file_order(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], lis
     return axes(STACKED), axes(OUT), axes(IN), axes(IN, window=True)
 
 
-def _order(leaf: LeafPlan, part: str) -> list[int]:
+def file_axes(leaf: LeafPlan, part: str) -> list[int]:
     """Return the axes of a part of the adapter, or of a whole weight, in the order of the file."""
-    stacked, out, in_, window = _in_file_order(leaf)
+    stacked, out, in_, window = _in_filefile_axes(leaf)
     if part == "value":
         matrix = [*in_, *out] if leaf.looked_up else [*out, *in_]
         return [*stacked, *matrix, *window]
@@ -214,7 +214,7 @@ def to_matrix(whole: np.ndarray, leaf: LeafPlan, slot: Slot) -> np.ndarray:
         return whole
     if slot.packing:
         return experts.to_matrix(whole[slot.index], slot.part, slot.packing)
-    matrix = whole.transpose(_order(leaf, slot.part))[slot.index] if leaf.axes else whole
+    matrix = whole.transpose(file_axes(leaf, slot.part))[slot.index] if leaf.axes else whole
     return matrix if slot.factor == 1 else matrix / matrix.dtype.type(slot.factor)
 
 
@@ -228,7 +228,7 @@ def from_matrices(
     if packing := parts[0].packing:
         own = [experts.from_matrix(tensors[slot.key], leaf.r, part, packing) for slot in parts]
         return np.ascontiguousarray(np.stack(own).reshape(shape))
-    order = _order(leaf, part)
+    order = file_axes(leaf, part)
     whole = np.stack([tensors[slot.key] for slot in parts]).reshape([shape[n] for n in order])
     if parts[0].factor != 1:
         whole = whole * whole.dtype.type(parts[0].factor)

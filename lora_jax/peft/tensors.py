@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import config as configs
 from .. import paths
 from ..adapter import Adapter, Adapters, Entry, Full, Rows
+from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..initializers import changes_base
 from ..rewrite import LeafPlan, Plan
 from .slots import PREFIX, Names, Slot, from_matrices, shapes, slots, to_matrix
+from .spelling import owner
 
 
 def encode(plan: Plan, adapters: Adapters, names: Names = paths.module_of) -> dict[str, np.ndarray]:
@@ -120,7 +123,7 @@ def decode_what_fits(
         if problem := _misfit(tensors[key], expected[key].shape):
             found[key] = f"{key}: {problem}"
     lost = {expected[key].path for key in found}
-    found |= {key: f"{key}: {_unexpected(key)}" for key in tensors.keys() - expected.keys()}
+    found |= {key: f"{key}: {_unexpected(key, plan)}" for key in tensors.keys() - expected.keys()}
     by_part: dict[tuple[str, str], list[Slot]] = {}
     for slot in expected.values():
         by_part.setdefault((slot.path, slot.part), []).append(slot)
@@ -152,9 +155,15 @@ def _misfit(tensor: np.ndarray, wanted: tuple[int, ...]) -> str | None:
     return None if is_finite(tensor) else "holds NaN or infinite values"
 
 
-def _unexpected(key: str) -> str:
+def _unexpected(key: str, plan: Plan) -> str:
     if not key.startswith(PREFIX):
-        return f"unexpected, wanted a name that begins with {PREFIX}"
+        return (
+            f"unexpected, wanted a name that begins with {PREFIX}; `lora-jax convert` writes the "
+            "file with it"
+        )
+    shared, module = [leaf.path for leaf in plan.leaves if leaf.tied], owner(key)
+    if shared and configs.is_output_head(module) and all(module != o.module for o in plan.leaves):
+        return f"unexpected, as the model's output head is tied: it shares {', '.join(shared)}"
     base = ".lora_" not in key and key.rpartition(".")[2] in ("weight", "bias")
     return "unexpected: base weights inside the file" if base else "unexpected"
 
@@ -169,14 +178,8 @@ def _said_twice(key: str, tensors: Mapping[str, np.ndarray], expected: Mapping[s
 
 def _refuse_what_has_no_place(plan: Plan) -> None:
     """Raise for adapters that PEFT's file, or this version of ours, has no tensors for."""
-    init = plan.config.init_lora_weights
-    if changes_base(init):
-        raise AdapterError(
-            f"init_lora_weights={init!r} changed the base, and a file is for the original one: "
-            "save what lora_jax.inits.relative_to(plan, original, adapters) returns, or the base, "
-            "too, and the adapters with lora_jax.inits.for_changed_base(plan); in PEFT, save with "
-            "path_initial_model_for_weight_conversion"
-        )
+    if problem := changed_base(plan.config):
+        raise AdapterError(problem)
     attention = paths.attentions([leaf.path for leaf in plan.leaves])
     adapted = [attention.get(leaf.path) for leaf in plan.adapted]
     halves = {owner for owner in attention.values() if adapted.count(owner) == 1}
@@ -199,6 +202,22 @@ def _refuse_what_has_no_place(plan: Plan) -> None:
             for kind, is_one in kinds.items()
             if is_one(leaf)
         ),
+    )
+
+
+def changed_base(config: LoraConfig) -> str | None:
+    """Return what to do about adapters of a base that their initialisation changed.
+
+    Beside the original base their numbers are wrong, so that every path asks this first.
+    """
+    init = config.init_lora_weights
+    if not changes_base(init):
+        return None
+    return (
+        f"init_lora_weights={init!r} changed the base, and a file is for the original one: "
+        "save what lora_jax.inits.relative_to(plan, original, adapters) returns, or the base, "
+        "too, and the adapters with lora_jax.inits.for_changed_base(plan); in PEFT, save with "
+        "path_initial_model_for_weight_conversion"
     )
 
 

@@ -1,9 +1,19 @@
 """The rewriter: trace a function, plan its adapters, run its jaxpr with them.
 
-One rule for each primitive, in ``structure``, ``products`` and ``calls``.
+One rule for each primitive, in the modules that are imported first.
 """
 
-from . import calls, products, structure  # noqa: F401  (importing registers the rules)
+# Importing registers the rules.
+from . import (  # noqa: F401
+    calls,
+    complexes,
+    derivatives,
+    lookups,
+    places,
+    products,
+    repeats,
+    structure,
+)
 from .frugality import Frugality, frugality
 from .leaf import LeafPlan
 from .plan import Plan, plan

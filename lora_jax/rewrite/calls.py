@@ -1,19 +1,19 @@
-"""Rules for functions inside the function: jit, remat, scan, and authors' own derivatives."""
+"""Rules for functions inside the function: jit, remat, loops, branches and shards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from ..adapter import is_number
+from . import meshes, passing
 from . import weight as weights
-from .interpret import Call, Record, base_of, interpret
+from .interpret import Call
+from .passing import scan_counts
 from .registry import Unsupported, rule
 from .weight import LoraWeight
 
@@ -43,10 +43,11 @@ def remat(call: Call, *operands: Any) -> list[Any]:
 @rule("scan")
 def scan(call: Call, *operands: Any) -> list[Any]:
     """Scan over base, A and B together; a weight that is not scanned over is closed over."""
-    num_consts, num_carry = _scan_counts(call)
+    num_consts, num_carry = scan_counts(call.eqn)
     consts, init = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs = operands[num_consts + num_carry :]
     carry = _Carry(call.jaxpr.jaxpr, num_consts, init)
+    passed = _Passed(passing.of_scan(call.eqn)[num_carry:], operands)
 
     key = call.record.dropout_key
     keys = None if key is None else jax.random.split(key, call.params["length"])
@@ -59,13 +60,13 @@ def scan(call: Call, *operands: Any) -> list[Any]:
         ]
         whole = carry.whole(carried)
         outs = call.interpret(call.jaxpr, *consts, *whole, *steps, dropout_key=step_key)
-        _refuse_weights(outs[num_carry:], "the loop returns the weight")
-        return carry.moving(outs[:num_carry]), outs[num_carry:]
+        made = passed.made(outs[num_carry:], "the loop returns the weight")
+        return carry.moving(outs[:num_carry]), made
 
     parts = [weights.split(x) if isinstance(x, LoraWeight) else x for x in xs]
     options = {name: call.params[name] for name in ("length", "reverse", "unroll")}
     carried, ys = lax.scan(body, carry.moving(init), (parts, keys), **options)
-    return [*carry.whole(carried), *ys]
+    return [*carry.whole(carried), *passed.whole(ys)]
 
 
 @rule("while")
@@ -98,6 +99,7 @@ def cond(call: Call, index: Any, *operands: Any) -> list[Any]:
     if isinstance(index, LoraWeight):
         raise Unsupported("the weight decides which branch is taken")
     moving = [None if isinstance(value, LoraWeight) else value for value in operands]
+    passed = _Passed(passing.of_cond(call.eqn), (index, *operands))
 
     def branch(part: int, closed: core.ClosedJaxpr) -> Any:
         def run(moving: list[Any]) -> list[Any]:
@@ -106,13 +108,12 @@ def cond(call: Call, index: Any, *operands: Any) -> list[Any]:
                 for value, moved in zip(operands, moving, strict=True)
             ]
             outs = call.interpret(closed, *values, part=part)
-            _refuse_weights(outs, "a branch returns the weight")
-            return outs
+            return passed.made(outs, "a branch returns the weight")
 
         return run
 
     branches = [branch(part, closed) for part, closed in enumerate(call.params["branches"])]
-    return lax.switch(index, branches, moving)
+    return passed.whole(lax.switch(index, branches, moving))
 
 
 @rule("shard_map")
@@ -123,7 +124,11 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
         for value, spec in zip(operands, call.params["in_specs"], strict=True)
     ]
     # Inside, base, A and B have other shapes than the LoraWeight outside.
-    parts = [weights.parts(v) if isinstance(v, LoraWeight) else v for v in operands]
+    parts = [
+        _placed(value, spec, call.params["mesh"]) if isinstance(value, LoraWeight) else value
+        for value, spec in zip(operands, specs, strict=True)
+    ]
+    passed = _Passed(passing.of_shard_map(call.eqn), operands)
 
     def body(*parts: Any) -> tuple[Any, ...]:
         local = [
@@ -131,91 +136,49 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
             for value, part in zip(operands, parts, strict=True)
         ]
         outs = call.interpret(call.jaxpr, *local)
-        _refuse_weights(outs, "the shards' function returns the weight")
-        return tuple(outs)
+        return tuple(passed.made(outs, "the shards' function returns the weight"))
 
     mapped = jax.shard_map(
         body,
         mesh=call.params["mesh"],
         in_specs=tuple(specs),
-        out_specs=tuple(call.params["out_specs"]),
+        out_specs=tuple(passed.made(call.params["out_specs"], "")),
         axis_names=set(call.params["newly_manual_axes"]),
         check_vma=call.params["check_vma"],
     )
-    return list(mapped(*parts))
+    return passed.whole(mapped(*parts))
 
 
-@rule("custom_jvp_call")
-def custom_jvp(call: Call, *operands: Any) -> list[Any]:
-    """Keep the author's tangent rule: it sees ``W + s·A·B`` and its tangent ``s·(dA·B + A·dB)``."""
-    _refuse_what_authors_do_not_know(call, operands)
-
-    @jax.custom_jvp
-    def function(*operands: Any) -> list[Any]:
-        return call.interpret(call.jaxpr, *operands, dense_gradient=True)
-
-    @function.defjvp
-    def tangent_rule(operands: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-        smooth = [n for n, operand in enumerate(operands) if _is_inexact(operand)]
-        dense = [_tangent(operands[n], tangents[n]) for n in smooth]
-
-        def author(arrays: list[Any], tangents: list[Any]) -> Any:
-            return jax.jvp(_in_places(call, operands, smooth), arrays, tangents)
-
-        primals = [operands[n] for n in smooth]
-        closed = jax.make_jaxpr(author)([*map(base_of, primals)], dense)
-        outs = call.interpret(closed, *primals, *dense, dense_gradient=True, part=1)
-        return outs[: len(outs) // 2], outs[len(outs) // 2 :]
-
-    return function(*operands)
+def _placed(weight: LoraWeight, specs: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
+    """Return the arrays of a weight, A and B sharded as the shards' function takes them."""
+    base, *rest = weights.parts(weight)
+    named = zip(rest, specs[1:], strict=True)
+    return base, *(None if x is None else meshes.placed(x, spec, mesh) for x, spec in named)
 
 
-@rule("custom_vjp_call", "custom_vjp_call_jaxpr")
-def custom_vjp(call: Call, *operands: Any) -> list[Any]:
-    """Keep the author's cotangent rule: its ``dW`` gives ``dA = s·dW·Bᵀ`` and ``dB = s·Aᵀ·dW``."""
-    _refuse_what_authors_do_not_know(call, operands)
+@dataclass(frozen=True)
+class _Passed:
+    """The outputs of a call that are weights which went into it, unchanged: not formed again."""
 
-    @jax.custom_vjp
-    def function(*operands: Any) -> list[Any]:
-        return call.interpret(call.jaxpr, *operands, dense_gradient=True)
+    places: passing.Places
+    operands: Sequence[Any]
 
-    def forward(*operands: Any) -> Any:
-        smooth = [n for n, operand in enumerate(operands) if _is_inexact(operand)]
+    @property
+    def weights(self) -> dict[int, LoraWeight]:
+        """The weights, by their place among the outputs."""
+        found = {n: self.operands[k] for n, k in enumerate(self.places) if k is not None}
+        return {n: value for n, value in found.items() if isinstance(value, LoraWeight)}
 
-        def author(arrays: list[Any]) -> Any:
-            return jax.vjp(_in_places(call, operands, smooth), *arrays)
+    def made(self, outs: Sequence[Any], why: str) -> list[Any]:
+        """Return the other outputs, which must be arrays."""
+        made = [out for n, out in enumerate(outs) if n not in self.weights]
+        _refuse_weights(made, why)
+        return made
 
-        primals = [operands[n] for n in smooth]
-        closed, shape = jax.make_jaxpr(author, return_shape=True)([*map(base_of, primals)])
-        values = call.interpret(closed, *primals, dense_gradient=True, part=1)
-        outs, pullback = jax.tree.unflatten(jax.tree.structure(shape), values)
-        return outs, (pullback, operands)
-
-    def backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-        pullback, operands = residuals
-        leaves, tree = jax.tree.flatten(pullback, is_leaf=lambda x: isinstance(x, LoraWeight))
-        closed = jax.make_jaxpr(lambda leaves, ct: jax.tree.unflatten(tree, leaves)(ct))(
-            [*map(base_of, leaves)], cotangents
-        )
-        # The record of the forward pass is closed by now: what has no rule is raised at once.
-        record = Record()
-        dense = iter(interpret(record, closed, [*leaves, *cotangents]))
-        record.raise_rejected()
-        return tuple(
-            _cotangent(operand, next(dense)) if _is_inexact(operand) else None
-            for operand in operands
-        )
-
-    function.defvjp(forward, backward)
-    return function(*operands)
-
-
-def _scan_counts(call: Call) -> tuple[int, int]:
-    """Return how many operands of a scan are constants and how many are carried."""
-    if "ft_in" in call.params:  # since jax 0.12
-        consts, carry, _ = map(len, call.params["ft_in"].unpack())
-        return consts, carry
-    return call.params["num_consts"], call.params["num_carry"]
+    def whole(self, made: Sequence[Any]) -> list[Any]:
+        """Return all outputs."""
+        rest, weights = iter(made), self.weights
+        return [weights[n] if n in weights else next(rest) for n in range(len(self.places))]
 
 
 @dataclass(frozen=True)
@@ -241,8 +204,9 @@ class _Carry:
 
     def moving(self, whole: Sequence[Any]) -> list[Any]:
         """Return the carry without its weights."""
-        for n in self.fixed:
-            if self.body.outvars[n] is not self.body.invars[self.num_consts + n]:
+        if self.fixed:
+            same = passing.carried(self.body, self.num_consts, len(self.init))
+            if not all(same[n] for n in self.fixed):
                 raise Unsupported("the loop changes the weight from step to step")
         moving = [value for n, value in enumerate(whole) if n not in self.fixed]
         _refuse_weights(moving, "the loop's carry becomes the weight")
@@ -252,51 +216,3 @@ class _Carry:
 def _refuse_weights(values: Sequence[Any], why: str) -> None:
     if any(isinstance(value, LoraWeight) for value in values):
         raise Unsupported(why)
-
-
-def _refuse_what_authors_do_not_know(call: Call, operands: tuple[Any, ...]) -> None:
-    adapted = [value for value in operands if isinstance(value, LoraWeight)]
-    if call.record.dropout_key is not None and any(weight.dropout for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of lora_dropout")
-    if any(weight.masked for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of aLoRA's mask")
-    if any(weight.gain is not None for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of DoRA")
-    if any(weight.bias is not None for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of lora_bias")
-
-
-def _in_places(call: Call, operands: tuple[Any, ...], smooth: list[int]) -> Any:
-    """Return the author's function of the inexact operands alone."""
-
-    def function(*arrays: Any) -> Any:
-        values = [*map(base_of, operands)]
-        for place, array in zip(smooth, arrays, strict=True):
-            values[place] = array
-        return call.plain(*values)
-
-    return function
-
-
-def _tangent(weight: Any, tangent: Any) -> Any:
-    if not isinstance(weight, LoraWeight) or weight.planning:
-        return base_of(tangent)
-    _, moved = jax.jvp(
-        lambda a, b: weights.change(weight, a, b), (weight.a, weight.b), (tangent.a, tangent.b)
-    )
-    return tangent.base + moved.astype(tangent.base.dtype)
-
-
-def _cotangent(weight: Any, cotangent: Any) -> Any:
-    if not isinstance(weight, LoraWeight):
-        return cotangent
-    if weight.planning:
-        return replace(weight, base=cotangent)
-    change, pull = jax.vjp(lambda a, b: weights.change(weight, a, b), weight.a, weight.b)
-    a, b = pull(cotangent.astype(change.dtype))
-    scale = weight.scale if is_number(weight.scale) else jnp.zeros_like(weight.scale)
-    return replace(weight, base=cotangent, a=a, b=b, scale=scale)
-
-
-def _is_inexact(operand: Any) -> bool:
-    return jnp.issubdtype(base_of(operand).dtype, jnp.inexact)

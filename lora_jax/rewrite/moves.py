@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,11 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED
 from .registry import Unsupported
-from .weight import STACK, UNIT, Label, LoraWeight, factor_axes, mirror, with_letters
+from .weight import STACK, Label, LoraWeight, factor_axes, mirror, turn, with_letters
 
 
 def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
@@ -41,11 +43,11 @@ def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
     )
 
 
-def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
+def reshape(weight: LoraWeight, shape: Sequence[int], base: Any = None) -> LoraWeight:
     """Return the weight with whole axes split, merged, or size-1 axes added or dropped.
 
     A size-1 axis that is dropped is one that an index or a slice has left over: the adapter
-    stacks it.
+    stacks it. ``base`` is the frozen array where the author says how it is sharded then.
 
     Raises:
         Unsupported: an axis of A and an axis of B would merge, or a size-1 axis that the
@@ -53,8 +55,9 @@ def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
     """
     shape = tuple(shape)
     origin: list[frozenset[Label]] = []
-    looped = weight.looped
     blocks = _blocks(weight.base.shape, shape)
+    weight = _repeats_as_own(weight, [old for old, _ in blocks])
+    looped = weight.looped
     kept = frozenset().union(*(weight.origin[axis] for old, new in blocks if new for axis in old))
     for old, new in blocks:
         labels = frozenset().union(*(weight.origin[axis] for axis in old))
@@ -65,26 +68,43 @@ def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
             looped |= labels
         if not weight.planning:
             weight.letter(labels)  # refuses an axis of A merged with one of B
-            kinds = {weight.letters[axis] for axis in old if weight.base.shape[axis] > 1}
-            if UNIT in kinds and len(kinds) > 1:
-                raise Unsupported("an axis along which the weight is repeated becomes part of one")
         origin += [labels] * len(new)
-    base = lax.reshape(weight.base, shape)
+    base = lax.reshape(weight.base, shape) if base is None else base
     moved = replace(weight, base=base, origin=tuple(origin), looped=looped)
     return moved if weight.planning else with_letters(moved, moved.letters)
 
 
-def broadcast(weight: LoraWeight, shape: Sequence[int], axes: Sequence[int]) -> LoraWeight:
-    """Return the weight repeated along new axes; ``axes`` are those that its own become.
+def _repeats_as_own(weight: LoraWeight, blocks: Sequence[Sequence[int]]) -> LoraWeight:
+    """Return the weight with the repetitions that merge with an axis as a part of that axis.
 
-    Raises:
-        Unsupported: one of its own axes of size 1 is repeated.
+    ``jnp.repeat`` of a weight's heads is such: the factor that has the axis is repeated along it.
     """
-    if [shape[axis] for axis in axes] != list(weight.base.shape):
-        raise Unsupported("an axis of size 1 is repeated")
+    origin, sizes = list(weight.origin), weight.base.shape
+    for block in blocks:
+        labels = frozenset().union(*(weight.origin[axis] for axis in block))
+        for axis in block:
+            if labels and not origin[axis] and sizes[axis] > 1:
+                origin[axis] = labels
+    grown = replace(weight, origin=tuple(origin))
+    if weight.planning or grown.origin == weight.origin:
+        return grown
+    return replace(with_letters(weight, grown.letters), origin=grown.origin)
+
+
+def broadcast(
+    weight: LoraWeight, shape: Sequence[int], axes: Sequence[int], base: Any = None
+) -> LoraWeight:
+    """Return the weight repeated along axes; ``axes`` are those that its own become.
+
+    ``base`` is the frozen array where the author says how it is sharded then.
+    """
+    sizes = zip(axes, weight.base.shape, weight.origin, strict=True)
+    grown = [n for n, (axis, size, own) in enumerate(sizes) if own and shape[axis] != size]
+    weight = cut(weight, lambda array, at, n: jnp.repeat(array, shape[axes[n]], at), grown)
     own = dict(zip(axes, weight.origin, strict=True))
     origin = tuple(own.get(axis, frozenset()) for axis in range(len(shape)))
-    return replace(weight, base=lax.broadcast_in_dim(weight.base, shape, axes), origin=origin)
+    base = lax.broadcast_in_dim(weight.base, shape, axes) if base is None else base
+    return replace(weight, base=base, origin=origin)
 
 
 def cut(
@@ -121,6 +141,7 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     base = lax.concatenate([_base(part) for part in parts], axis)
     if axis_is_new := not any(weight.origin[axis] for weight in weights):
         weights = [_stacked(weight, axis) for weight in weights]
+    weights = _alike(weights, base.dtype)
     joined = _join_labels(weights)
     whole = replace(weights[0], base=base, **joined)
     if whole.planning:
@@ -146,6 +167,16 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
 
 def _base(part: Any) -> Any:
     return part.base if isinstance(part, LoraWeight) else part
+
+
+def _alike(weights: list[LoraWeight], dtype: DTypeLike) -> list[LoraWeight]:
+    """Return the weights with A and B of one dtype: complex if one's are, else the widest."""
+    if any(weight.turned for weight in weights):
+        return [turn(weight, dtype) for weight in weights]
+    if weights[0].planning or len({weight.a.dtype for weight in weights}) == 1:
+        return weights
+    wide = functools.reduce(lowrank.wider, (weight.a.dtype for weight in weights))
+    return [replace(w, a=w.a.astype(wide), b=w.b.astype(wide)) for w in weights]
 
 
 def _stacked(weight: LoraWeight, axis: int) -> LoraWeight:

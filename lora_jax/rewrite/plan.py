@@ -28,7 +28,8 @@ from ..initializers import (
     kind_problem,
     reads_more,
 )
-from . import select, survey, tokens
+from . import left_out, select, survey, tokens
+from .given import Given
 from .interpret import Record
 from .leaf import TRAINED, LeafPlan
 from .table import render
@@ -45,6 +46,9 @@ class Plan:
         full: the parameters to train in full, by path, as they are in the model.
         normed: the parameters whose norms DoRA starts from, likewise.
         rows: the parameters of which some rows are trained, likewise.
+        of_changed_base: whether the parameters are those that an initialisation returned (see
+            ``for_changed_base``).
+        given: the parameters, for as long as somebody else keeps them.
     """
 
     config: LoraConfig
@@ -52,6 +56,8 @@ class Plan:
     full: Mapping[str, Any] = field(repr=False)
     normed: Mapping[str, Any] = field(default_factory=dict, repr=False)
     rows: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    of_changed_base: bool = False
+    given: Given = field(default_factory=lambda: Given({}), repr=False, compare=False)
 
     @property
     def adapted(self) -> tuple[LeafPlan, ...]:
@@ -69,7 +75,9 @@ class Plan:
         shapes = {leaf.path: leaf.shape for leaf in self.leaves}
         return sum(map(math.prod, shapes.values()))
 
-    def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
+    def init(
+        self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32, *, params: Any = None
+    ) -> dict[str, Entry]:
         """Return fresh adapters: ``ΔW = 0`` unless the configuration says otherwise.
 
         Each path draws from its own key, so another target changes nothing for this one.
@@ -78,15 +86,29 @@ class Plan:
         Args:
             key: the random key.
             dtype: of A, B and rows; float32 beside a base of any dtype, as in PEFT.
+            params: the parameters, where the plan was made from shapes. DoRA's magnitudes, rows and
+                leaves trained in full start from their values.
 
         Raises:
-            ConfigError: the initialisation reads more than shapes, as ``"pissa"`` does.
+            ConfigError: the initialisation reads more than shapes, as ``"pissa"`` does; or lists
+                what starts from values that were not given.
+
+        >>> config = LoraConfig(r=1, target_modules=["w"], use_dora=True)
+        >>> shapes, params = {"w": jax.ShapeDtypeStruct((1, 2), "float32")}, {"w": jnp.ones((1, 2))}
+        >>> found = plan(lambda p, x: x @ p["w"], shapes, config, jnp.ones((3, 1)))
+        >>> found.init(jax.random.key(0), params=params)["w"].magnitude.tolist()
+        [1.0, 1.0]
         """
+        own = self if params is None else self.with_params(params)
+        return own._init(key, dtype)
+
+    def _init(self, key: Key[Array, ""], dtype: DTypeLike) -> dict[str, Entry]:
         if reads_more(self.config.init_lora_weights):
             raise ConfigError(
                 f"init_lora_weights={self.config.init_lora_weights!r} reads the weights: use "
                 "base, adapters = lora_jax.inits.initialise(plan, params, key), and that base"
             )
+        self._reject_shapes()
         adapters: dict[str, Entry] = {}
         for leaf in self.adapted:
             init, own = self.config.init_lora_weights, fold_in_path(key, leaf.name)
@@ -107,7 +129,11 @@ class Plan:
 
         Args:
             dtype: of the rows; leaves keep the parameter's.
+
+        Raises:
+            ConfigError: lists them where the plan was made from shapes.
         """
+        self._reject_shapes()
         leaves: dict[str, Entry] = {
             path: Full(jnp.array(value, copy=True)) for path, value in self.full.items()
         }
@@ -118,6 +144,37 @@ class Plan:
             for leaf in self.leaves
             if leaf.rows
         }
+
+    def with_params(self, params: Any) -> Plan:
+        """Return the plan with these parameters where it had others, or their shapes.
+
+        Raises:
+            ConfigError: lists those that are missing or of another shape.
+        """
+        leaves, problems = paths.flatten(params), []
+        values: dict[str, dict[str, Any]] = {}
+        for name in ("full", "normed", "rows"):
+            planned = getattr(self, name)
+            values[name] = {path: leaves.get(path) for path in planned}
+            for path, old in planned.items():
+                got = tuple(leaves[path].shape) if path in leaves else None
+                if got != tuple(old.shape):
+                    problems.append(f"{path}: got {got}, not {tuple(old.shape)}")
+        raise_all(ConfigError, "these parameters are not the plan's", sorted({*problems}))
+        return replace(self, **values)
+
+    def _reject_shapes(self) -> None:
+        why = {"full": "trained in full", "normed": "its norms are DoRA's", "rows": "rows of it"}
+        raise_all(
+            ConfigError,
+            "the plan was made from shapes, and these start from values: give init params=params",
+            (
+                f"{path}: {said}"
+                for name, said in why.items()
+                for path, value in getattr(self, name).items()
+                if isinstance(value, jax.ShapeDtypeStruct)
+            ),
+        )
 
     def abstract(self, dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
         """Return the adapters' shapes and dtypes without drawing them."""
@@ -164,6 +221,10 @@ def plan(
     select.refuse_hanging(config, leaves)
     traced = trace(fn, params, args, kwargs)
     record = survey.survey(traced)
+    if isinstance(config.target_modules, str) or any(
+        map(left_out.is_whole_numbers, leaves.values())
+    ):
+        record.left_out.update(left_out.weights(traced, record))
     targets = select.targets(config, leaves, record)
     select.reject_pairs(targets, record)
     select.reject_shared(config, leaves, record)
@@ -186,11 +247,15 @@ def plan(
         for row in _decide(config, path, leaves, targets, saved, record, owners.get(path, ""))
     )
     adapted = tuple(row for row in rows if row.adapted)
+    if config.target_modules == configs.ALL_LINEAR and not adapted:
+        left_out.reject_nothing({row.path: row.why for row in rows if len(row.shape) > 1})
+    left_out.warn(select.left_out(config, leaves, record))
     _check_slices(adapted)
     _check_inits(config, adapted)
     full = {path: leaves[path] for path in leaves if path in saved}
     normed = {row.path: leaves[row.path] for row in adapted if row.dora}
-    return Plan(config, rows, full, normed, {path: leaves[path] for path in trained})
+    by_rows = {path: leaves[path] for path in trained}
+    return Plan(config, rows, full, normed, by_rows, given=Given(leaves))
 
 
 def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Record:

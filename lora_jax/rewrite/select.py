@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,9 @@ from .. import paths
 from ..adapter import IN, OUT, STACKED
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import PlanError, raise_all
+from . import hints
 from .interpret import Record, bias_problem
+from .tokens import tied_head
 
 Leaves = Mapping[str, Any]
 
@@ -52,23 +54,50 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
         )
     attention = paths.attentions(leaves)
     if config.target_modules == ALL_LINEAR:
+        formed = {path for path in record.left_out if _may_be_formed(config, path)}
         named = {
             path
-            for path in record.sites
-            if path not in record.rejected
-            and not configs.is_output_head(paths.module_of(path))
-            and not _other_kind(path, record)
-            and path not in attention
+            for path in (record.sites.keys() - record.rejected.keys()) | formed
+            if not is_no_linear(path, record) and path not in attention
         }
     else:
         named = {path for path in leaves if _is_target(config, path)}
         named -= _companions(config.target_modules, named, record)
+        named = _matrices(config, named, record)
     excluded = {path for path in named if _named(config.exclude_modules, path)}
     saved = {path for path in named if configs.is_saved(config, paths.module_of(path))}
     chosen = {path for path in named - excluded - saved if could_adapt(leaves[path])}
     # PEFT adapts an nn.MultiheadAttention as a whole, by its name alone.
     whole = {attention[path] for path in chosen if paths.leaf_name(path) == paths.IN_PROJ}
     return chosen | {path for path, owner in attention.items() if owner in whole}
+
+
+def is_no_linear(path: str, record: Record) -> str:
+    """Return what a weight is if PEFT's ``all-linear`` does not mean it, by its use or name."""
+    head = configs.is_output_head(paths.module_of(path))
+    return "output head" if head else _other_kind(path, record)
+
+
+def left_out(config: LoraConfig, leaves: Leaves, record: Record) -> dict[str, str]:
+    """Return the weights that ``all-linear`` means and that stay as they are, and why."""
+    if config.target_modules != ALL_LINEAR:
+        return {}
+    attention = paths.attentions(leaves)
+    return {
+        path: why
+        for path, why in record.left_out.items()
+        if not is_no_linear(path, record)
+        and path not in attention
+        and not _named(config.exclude_modules, path)
+        and not configs.is_saved(config, paths.module_of(path))
+        and not (_may_be_formed(config, path) and could_adapt(leaves[path]))
+        and configs.parameter_name(config, path) is None
+    }
+
+
+def _may_be_formed(config: LoraConfig, path: str) -> bool:
+    """Tell whether ``W + s·A·B`` may be formed of a weight; none that is holds a bias."""
+    return configs.materializes(config, paths.module_of(path)) and not config.lora_bias
 
 
 def owners(targets: set[str]) -> dict[str, str]:
@@ -153,26 +182,25 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
     Raises:
         PlanError: lists every such pattern with close names, or every such target.
     """
-    modules = {paths.module_of(path): None for path in leaves}
     raise_all(
         PlanError,
         "these target_parameters cannot be adapted",
         _bare_problems(config, leaves, record),
     )
-    raise_all(
-        PlanError,
-        "these patterns match no module",
-        (
-            f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
-            for name, pattern in _unmatched(config, targets, leaves)
-        ),
-    )
-    problems = []
+    _tell_unmatched(config, targets, leaves, record)
+    # A module's weight of whole numbers, where others that the pattern names are adapted.
+    problems = [
+        f"{path}: {why}"
+        for path, why in sorted(record.left_out.items())
+        if config.target_modules != ALL_LINEAR
+        and not could_adapt(leaves[path])
+        and _is_target(config, path)
+        and not _named(config.exclude_modules, path)
+        and not configs.is_saved(config, paths.module_of(path))
+    ]
     for path in sorted(targets):
-        # A weight that is formed has no place for a bias.
-        if configs.materializes(config, paths.module_of(path)) and not config.lora_bias:
-            continue
-        problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
+        if not _may_be_formed(config, path):
+            problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
         if path not in record.rejected and path not in record.sites:
             problems.append(f"{path}: the function never uses it")
     raise_all(
@@ -188,7 +216,7 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
     if _named(config.exclude_modules, path):
         return "excluded"
     if not could_adapt(leaf):
-        return "not a matrix"
+        return f"no rule: {record.left_out[path]}" if path in record.left_out else "not a matrix"
     if path in record.rejected:
         return "no rule: " + next(iter(record.rejected[path].values()))
     if path not in record.sites:
@@ -197,8 +225,7 @@ def reason(config: LoraConfig, path: str, leaf: Any, record: Record) -> str:
         return "not targeted"
     if paths.leaf_name(path) == paths.IN_PROJ:
         return "PyTorch's attention, which PEFT adapts by its name"
-    head = configs.is_output_head(paths.module_of(path))
-    return "output head" if head else _other_kind(path, record) or "not targeted"
+    return is_no_linear(path, record) or "not targeted"
 
 
 def _other_kind(path: str, record: Record) -> str:
@@ -226,6 +253,19 @@ def _companions(names: Any, named: set[str], record: Record) -> set[str]:
     }
 
 
+def _matrices(config: LoraConfig, named: set[str], record: Record) -> set[str]:
+    """Return what a regular expression names without what is no matrix, as in PEFT.
+
+    A norm's scale or a bias is none, also where layers are stacked or it has the axes of heads:
+    it meets the data element by element. Where an expression names nothing else, it stays.
+    """
+    if not isinstance(config.target_modules, str):
+        return named
+    weights = record.sites.keys() | record.left_out.keys()
+    found = {path for path in named if path in weights or path not in record.rejected}
+    return found if found & weights else named
+
+
 def _is_bias(path: str) -> bool:
     return paths.leaf_name(path) in paths.BIAS_NAMES
 
@@ -238,6 +278,50 @@ def _named(names: Any, path: str) -> bool:
 def _is_target(config: LoraConfig, path: str) -> bool:
     chosen = configs.in_chosen_layer(config, path.replace("/", "."))
     return chosen and _named(config.target_modules, path)
+
+
+def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record) -> None:
+    """Raise for what has no effect, or warn where the configuration is a file's and some has."""
+    unmatched = list(_unmatched(config, targets, leaves))
+    if unmatched and targets and config.on_unmatched == "warn":
+        listed = ", ".join(
+            f"{name} {pattern!r}{tied_head(pattern, record)}" for name, pattern in unmatched
+        )
+        warnings.warn(f"the configuration names what this model has not: {listed}", stacklevel=4)
+        return
+    if not unmatched:
+        return
+    every = dict.fromkeys(map(paths.module_of, leaves))
+    weights = dict.fromkeys(map(paths.module_of, record.sites.keys() & leaves.keys()))
+    bare_names = dict.fromkeys(path.replace("/", ".") for path in leaves)
+    known = {"target_modules": sorted(weights) or every, "target_parameters": bare_names}
+    reasons = {path: _why(config, path, leaves, record) for path in leaves}
+
+    def said(name: str, pattern: str) -> str:
+        if name == "layers_to_transform":
+            return "which is the number of no layer with a target"
+        given = _alike(getattr(config, name), pattern)
+        why = reasons if name == "target_modules" else dict.fromkeys(leaves, "")
+        return hints.hint(given, why, known.get(name, every)) + tied_head(pattern, record)
+
+    raise_all(
+        PlanError,
+        "these patterns match no module",
+        (f"{name}: got {pattern!r}, {said(name, pattern)}" for name, pattern in unmatched),
+    )
+
+
+def _why(config: LoraConfig, path: str, leaves: Leaves, record: Record) -> str:
+    """Return why a parameter is no target though a pattern names it; empty where it may be one."""
+    leaf = leaves[path]
+    if path in record.left_out:
+        return record.left_out[path]
+    if not could_adapt(leaf):
+        return f"{leaf.dtype}{tuple(leaf.shape)}, no matrix of floating point"
+    if _named(config.exclude_modules, path):
+        return "exclude_modules takes it out"
+    chosen = configs.in_chosen_layer(config, path.replace("/", "."))
+    return "" if chosen else "layers_to_transform leaves its layer out"
 
 
 def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterator[tuple[str, str]]:
@@ -269,6 +353,15 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
             modules = (owner.get(path, configs.name_in_patterns(config, path)) for path in targets)
             if not any(configs.hits(pattern, module) for module in modules):
                 yield field_name, pattern
+    for pattern in config.output_slices:
+        modules = (owner.get(path, paths.module_of(path)) for path in targets)
+        if not any(configs.hits(pattern, module) for module in modules):
+            yield "output_slices", pattern
+    named = () if config.on_unsupported in ("error", "materialize") else config.on_unsupported
+    for name in _each(named):
+        one = _alike(config.on_unsupported, name)
+        if not any(configs.matches(one, paths.module_of(path)) for path in leaves):
+            yield "on_unsupported", name
 
 
 def _each(names: Any) -> tuple[str, ...]:
@@ -294,12 +387,6 @@ def _bare_problems(config: LoraConfig, leaves: Leaves, record: Record) -> Iterat
             yield f"{path}: target_modules means it, too"
         if configs.is_saved(config, paths.module_of(path)):
             yield f"{path}: modules_to_save trains it in full"
-
-
-def _close(pattern: str, modules: Mapping[str, None]) -> str:
-    tails = {module.rpartition(".")[2]: module for module in modules}
-    close = [tails[name] for name in difflib.get_close_matches(pattern, tails, n=3, cutoff=0.4)]
-    return _some(close or modules)
 
 
 def _some(names: Any, most: int = 6) -> str:

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from . import moves
+from ..adapter import is_number
+from . import meshes, moves
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
-from .weight import LoraWeight
+from .weight import PARTS, LoraWeight
 
 
 @rule("transpose")
@@ -26,14 +26,14 @@ def reshape(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
     """Split or merge whole axes, add or drop size-1 axes; ``squeeze`` is one of these."""
     if call.params.get("dimensions") is not None and call.eqn.primitive.name == "reshape":
         raise Unsupported("the reshape also permutes axes")
-    return moves.reshape(weight, call.out_shape)
+    return moves.reshape(weight, call.out_shape, _sharded(call, weight, *dynamic))
 
 
 @rule("broadcast_in_dim")
 def broadcast_in_dim(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
     """Add axes, of size 1 as ``w[None]`` does, or larger ones along which the weight repeats."""
     axes = tuple(map(int, call.params["broadcast_dimensions"]))  # vmap makes numpy's of them
-    return moves.broadcast(weight, call.params["shape"], axes)
+    return moves.broadcast(weight, call.params["shape"], axes, _sharded(call, weight, *dynamic))
 
 
 @rule("slice")
@@ -99,7 +99,7 @@ def unstack(call: Call, weight: LoraWeight) -> list[LoraWeight]:
 @rule("concatenate")
 def concatenate(call: Call, *parts: Any) -> LoraWeight:
     """Join weights, and arrays among them, into one."""
-    return moves.concatenate(parts, call.params["dimension"])
+    return moves.concatenate(parts, int(call.params["dimension"]))
 
 
 @rule("stack")
@@ -115,15 +115,6 @@ def rev(call: Call, weight: LoraWeight) -> LoraWeight:
     return moves.cut(
         weight, lambda array, at, axis: lax.rev(array, (at,)), call.params["dimensions"]
     )
-
-
-@rule("convert_element_type")
-def convert_element_type(call: Call, weight: LoraWeight) -> LoraWeight:
-    """Change the base's dtype; A and B keep theirs."""
-    dtype = call.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise Unsupported(f"the weight is converted to {dtype}")
-    return replace(weight, base=weight.base.astype(dtype))
 
 
 @rule("copy", "copy_p")
@@ -144,43 +135,25 @@ def optimization_barrier(call: Call, *operands: Any) -> list[Any]:
     return _on_bases(operands, call.plain(*map(base_of, operands)))
 
 
-@rule("sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast", "reduce_precision")
+@rule("reshard", "mesh_cast")
+def reshard(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Shard the base otherwise; A and B follow it to a mesh with other types of axes."""
+    mesh = call.params["dst_sharding"].mesh
+    names = () if weight.planning else (*PARTS[1:], *(["scale"] * (not is_number(weight.scale))))
+    moved = {name: meshes.in_mesh(getattr(weight, name), mesh) for name in names}
+    return replace(weight, base=call.plain(weight.base), **moved)
+
+
+@rule("sharding_constraint", "pvary", "pcast", "reduce_precision")
 def on_the_base(call: Call, weight: LoraWeight) -> LoraWeight:
     """Apply to the base what says where or how precisely it is kept."""
     return replace(weight, base=call.plain(weight.base))
 
 
-@rule("neg")
-def neg(call: Call, weight: LoraWeight) -> LoraWeight:
-    """Change the sign of W and B."""
-    return _scaled(weight, call.plain(weight.base), lambda b: -b)
-
-
-@rule("mul")
-def mul(call: Call, left: Any, right: Any) -> LoraWeight:
-    """Multiply W and B by one number."""
-    weight, number = (left, right) if isinstance(left, LoraWeight) else (right, left)
-    _require_number(number)
-    base = call.plain(*map(base_of, (left, right)))
-    return _scaled(weight, base, lambda b: b * jnp.asarray(number, b.dtype))
-
-
-@rule("div")
-def div(call: Call, weight: Any, number: Any) -> LoraWeight:
-    """Divide W and B by one number."""
-    _require_number(number)
-    base = call.plain(base_of(weight), number)
-    return _scaled(weight, base, lambda b: b / jnp.asarray(number, b.dtype))
-
-
-def _scaled(weight: LoraWeight, base: Any, act: Any) -> LoraWeight:
-    # A bias is the output's, as the module's own is: what multiplies W does not reach it.
-    return replace(weight, base=base, b=None if weight.planning else act(weight.b))
-
-
-def _require_number(number: Any) -> None:
-    if isinstance(number, LoraWeight) or jnp.ndim(number):
-        raise Unsupported("the weight's elements are used one by one, not in a product")
+def _sharded(call: Call, weight: LoraWeight, *dynamic: Any) -> Any:
+    """Return the base where the author says how it is sharded then, None elsewhere."""
+    stated = call.params.get("sharding") is not None
+    return call.plain(weight.base, *dynamic) if stated else None
 
 
 def _expanded(part: Any, axis: int) -> Any:

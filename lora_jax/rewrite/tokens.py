@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from .. import config as configs
 from .. import indices, paths
 from ..config import LoraConfig
 from ..errors import PlanError, raise_all
 from .interpret import Record
-from .select import Leaves
+
+Leaves = Mapping[str, Any]
 
 # What transformers call the embedding of the tokens; PEFT finds it through the model class.
 INPUT_EMBEDDINGS = (
@@ -77,11 +79,27 @@ def check_tied(config: LoraConfig, saved: set[str], record: Record) -> None:
         "ensure_weight_tying=True to have that",
         (
             f"{path}: used by {' and '.join(sorted(used))}"
-            for path in sorted(saved & record.sites.keys())
-            if "gather" in (used := {site.primitive for site in record.sites[path].values()})
-            and len(used) > 1
+            for path, used in _tied(record).items()
+            if path in saved
         ),
     )
+
+
+def tied_head(pattern: str, record: Record) -> str:
+    """Return what to add where a pattern means an output head that has no weight of its own."""
+    shared = ", ".join(_tied(record))
+    is_head = any(map(configs.is_output_head, pattern.split(", ")))
+    return f" (the output head is tied, it shares {shared})" if shared and is_head else ""
+
+
+def _tied(record: Record) -> dict[str, set[str]]:
+    """Return what uses each weight whose rows are looked up and that has another use, too."""
+    uses = {path: {one.primitive for one in own.values()} for path, own in record.sites.items()}
+    return {
+        path: uses[path]
+        for path in sorted(uses)
+        if "gather" in uses[path] and uses[path] != {"gather"}
+    }
 
 
 def is_input_embedding(module: str) -> bool:

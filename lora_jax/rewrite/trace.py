@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from .. import paths
+from ..calling import is_array
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,3 @@ def trace(
 def canonical(value: Any) -> Any:
     """Return NumPy's arrays in the dtype that JAX traces them in, int32 for int64 by default."""
     return jnp.asarray(value) if isinstance(value, np.ndarray | np.generic) else value
-
-
-def is_array(leaf: Any) -> bool:
-    """Tell an array, a tracer or a ``ShapeDtypeStruct`` from a Python value."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

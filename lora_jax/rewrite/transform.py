@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import changes, paths, rows
+from .. import calling, changes, paths, rows
 from ..adapter import Adapter, Adapters, Full, Rows, check_fit
-from ..alora import check_active
+from ..alora import check_active, masked
 from ..errors import AdapterError, raise_all
-from .interpret import Record, interpret
+from .interpret import Record, formed, interpret
 from .trace import Traced, trace
 from .weight import LoraWeight, enter
 
@@ -28,6 +27,10 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     ``fn'(..., active=mask)`` is for adapters of a plan with ``alora_invocation_tokens``: they act
     where the boolean mask is True. Each product's input begins with the mask's axes, such as
     ``(batch, tokens)``, or with one axis for them all; inside ``vmap`` give what it maps.
+
+    Its signature is ``(params, adapters, *args, dropout_key=None, active=None)``, with the names of
+    ``fn`` for the arguments, so ``static_argnums`` and ``donate_argnames`` of ``jax.jit`` count and
+    name what they mean. Where ``fn`` has a keyword of these two names, it is given to both.
 
     Args:
         fn: any JAX function whose first argument is a pytree of parameters.
@@ -48,16 +51,13 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> bool((lora(fn)(params, adapters, x) == fn(params, x)).all())
     True
     """
+    taken = calling.names_of(fn)
 
-    @functools.wraps(fn)
-    def adapted(
-        params: Any,
-        adapters: Adapters,
-        *args: Any,
-        dropout_key: Any = None,
-        active: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def adapted(*given: Any, **named: Any) -> Any:
+        params, adapters, args, kwargs, keywords = calling.arguments(given, named, taken)
+        dropout_key, active = keywords["dropout_key"], keywords["active"]
+        if "active" in taken and not masked(adapters):
+            active = None
         check_fit(params, adapters)
         check_active(adapters, active)
         traced = trace(fn, params, args, kwargs)
@@ -66,7 +66,7 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
         reject_unused(record, adapters)
         return traced.rebuild(outs)
 
-    return adapted
+    return calling.with_signature(adapted, fn)
 
 
 def apply(record: Record, traced: Traced, operands: Sequence[Any], adapters: Adapters) -> list[Any]:
@@ -93,7 +93,7 @@ def run_adapted(
             values[place] = enter(path, base, rows.pair(base, whole))
         elif path in parts:
             values[place] = enter(path, base, changes.joined(parts[path], base.shape))
-    outs = interpret(record, traced.closed, values)
+    outs = [formed(record, out) for out in interpret(record, traced.closed, values)]
     reject_outputs(record, outs)
     return outs
 

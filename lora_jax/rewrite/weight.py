@@ -16,9 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
+from . import meshes
 from .registry import Unsupported
 
 Label = tuple[int, int]
@@ -71,6 +73,7 @@ class LoraWeight:
         scale: the scale of ``A·B``.
         gain: DoRA's ``m / ‖W + s·A·B‖`` in the layout of B with r = 1; None without it.
         bias: the adapter's bias times the scale, in the same layout; None without it.
+        turned: whether A and B are complex.
     """
 
     base: Any
@@ -82,6 +85,7 @@ class LoraWeight:
     scale: Any = field(default=1.0, metadata=dict(static=is_number))
     gain: Any = None
     bias: Any = None
+    turned: bool = field(default=False, metadata=dict(static=True))
 
     @property
     def planning(self) -> bool:
@@ -147,9 +151,19 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
         tuple(base.shape),
         adapter.masked,
     )
+    adapter = meshes.entered(adapter)
     gain, bias = changes.gain(base, adapter), changes.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
-    return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias)
+    turned = jnp.issubdtype(a.dtype, jnp.complexfloating)
+    return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias, turned)
+
+
+def turn(weight: LoraWeight, dtype: DTypeLike) -> LoraWeight:
+    """Return the weight with A and B in a complex dtype that holds theirs, too."""
+    if weight.planning:
+        return replace(weight, turned=True)
+    wide = lowrank.wider(weight.a.dtype, dtype)
+    return replace(weight, a=weight.a.astype(wide), b=weight.b.astype(wide), turned=True)
 
 
 def use(
@@ -176,6 +190,8 @@ def use(
     for axis, labels in enumerate(weight.origin):
         letter = IN if axis in contracted else STACKED if axis in batch else OUT
         for label in labels:
+            if stacks and label in weight.looped:
+                continue  # several indices of it were taken, which may be kept or summed over
             if letters.setdefault(label, letter) != letter:
                 raise Unsupported(f"only a part of axis {label[1]} is summed over")
     if letters.get(STACK, STACKED) != STACKED:
