@@ -1,6 +1,7 @@
 """Every wait for a server has a limit, and says what is waited for and what was answered."""
 
 import http.server
+import logging
 import socket
 import threading
 import time
@@ -66,6 +67,8 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(waiting, "LIMITS", QUICK)
+    # The threads that are left behind outlive the test, and would write into others.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     monkeypatch.setattr(assets, "_PROBE_SECONDS", 0.3)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd)
     server.daemon_threads, server.over = True, threading.Event()
