@@ -42,6 +42,7 @@ FLOORS = [
         "regexes",
         "intake",
         "shown",
+        "waiting",
         "buffers",
         "signals",
         "locks",
