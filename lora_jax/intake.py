@@ -20,11 +20,11 @@ MIB = 1 << 20
 LARGEST = 256 * MIB
 
 _KINDS = {
-    stat.S_ISDIR: "a directory",
-    stat.S_ISFIFO: "a named pipe",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-    stat.S_ISSOCK: "a socket",
+    stat.S_ISDIR: "Is a directory",
+    stat.S_ISFIFO: "Is a named pipe",
+    stat.S_ISCHR: "Is a device",
+    stat.S_ISBLK: "Is a device",
+    stat.S_ISSOCK: "Is a socket",
 }
 
 
@@ -37,7 +37,7 @@ def require_regular(path: str | Path) -> None:
     >>> require_regular("/dev/null")
     Traceback (most recent call last):
         ...
-    OSError: [Errno 22] it is a device, wanted a regular file: '/dev/null'
+    OSError: [Errno 22] Is a device, wanted a regular file: '/dev/null'
     """
     _refuse_special(os.stat(path).st_mode, path)
 
@@ -46,7 +46,7 @@ def problem_of(path: str | Path) -> str | None:
     """Return in a few words why a path leads to no regular file, or None.
 
     >>> problem_of("/no/such/file"), problem_of("/dev/null")
-    ('missing', 'it is a device, wanted a regular file')
+    ('missing', 'Is a device, wanted a regular file')
     """
     try:
         require_regular(path)
@@ -94,14 +94,15 @@ def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
     Raises:
         OSError: as ``require_regular``, or the file is longer.
     """
+    content = bytearray()
     with open_regular(path) as stream:
-        # Room is made for what there is, not for all that there may be.
-        size = os.fstat(stream.fileno()).st_size
-        content = b"" if size > limit else stream.read(size + 1)
-    if max(size, len(content)) > limit:
+        # A part at a time: to read n bytes at once, Python allocates n.
+        while len(content) <= limit and (part := stream.read(MIB)):
+            content += part
+    if len(content) > limit:
         said = f"it holds more than the {limit:,} bytes that such a file may have"
         raise OSError(errno.EFBIG, said, str(path))
-    return content
+    return bytes(content)
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -143,6 +144,6 @@ def is_inside(path: Path, directory: Path) -> bool:
 def _refuse_special(mode: int, path: str | Path) -> None:
     if stat.S_ISREG(mode):
         return
-    kind = next((name for test, name in _KINDS.items() if test(mode)), "no file")
+    kind = next((name for test, name in _KINDS.items() if test(mode)), "Is no file")
     code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-    raise OSError(code, f"it is {kind}, wanted a regular file", str(path))
+    raise OSError(code, f"{kind}, wanted a regular file", str(path))

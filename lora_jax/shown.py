@@ -6,6 +6,7 @@ line or turn the reading direction. All of them are shown escaped, here and nowh
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
 
@@ -50,24 +51,38 @@ def shortened(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def listed(lines: Sequence[str], most: int = SHOWN) -> list[str]:
+def listed(lines: Sequence[str], most: int = SHOWN, *, more: int = 0) -> list[str]:
     """Return the first lines, escaped and cut, and how many more there are.
 
     >>> listed(["a", "b", "c"], 2)
     ['a', 'b', '… and 1 more']
     """
     first = [shortened(escaped(shortened(line))) for line in lines[:most]]
-    return [*first, f"… and {len(lines) - most:,} more"] if len(lines) > most else first
+    more += max(len(lines) - most, 0)
+    return [*first, f"… and {more:,} more"] if more else first
+
+
+def in_json(value: object) -> str:
+    r"""Return JSON on one line that is read back as the same, without a raw control character.
+
+    Raises:
+        ValueError: a number is not finite.
+
+    >>> in_json({"é": "\x7f\u202e"})
+    '{"é": "\\u007f\\u202e"}'
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return "".join(char if _escape(char) == char else json.dumps(char)[1:-1] for char in text)
 
 
 def in_markdown(text: object) -> str:
     r"""Return a text that Markdown shows as it is, on one line: no HTML, links or table cells.
 
     >>> in_markdown("<b>x</b>|[a](b)")
-    '&lt;b&gt;x&lt;/b&gt;\\|\\[a\\](b)'
+    '&lt;b&gt;x&lt;/b&gt;\\|\\[a](b)'
     """
     plain = escaped(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join("\\" + char if char in "\\`*_[]|~" else char for char in plain)
+    return "".join("\\" + char if char in "\\`*[|" else char for char in plain)
 
 
 def _escape(char: str) -> str:

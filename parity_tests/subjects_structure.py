@@ -168,6 +168,17 @@ ALL = [
     Subject("sharding_constraint", constrained, {"w": (D, F)}, {"w": "io"}),
     Subject("repeated", repeated, {"w": (D, F)}, {"w": "io"}),
     Subject(
+        "elementwise", masked, {"w": (D, F)}, {"w": "io"}, materialized=True, options=FORM, sites=0
+    ),
+    Subject(
+        "product_of_weights",
+        lambda p, x: x @ (p["a"] @ p["b"]),
+        {"a": (D, F), "b": (F, K)},
+        {"a": "oi", "b": "io"},
+        materialized=True,
+        options=FORM,
+    ),
+    Subject(
         "repeated_heads",
         lambda p, x: jnp.einsum("btd,dhk->bthk", x, jnp.repeat(p["w"], 2, axis=1)),
         {"w": (D, H, K)},
@@ -187,16 +198,5 @@ ALL = [
     ),
     Subject(
         "named", lambda p, x: jnp.tanh(x @ checkpoint_name(p["w"], "w")), {"w": (D, F)}, {"w": "io"}
-    ),
-    Subject(
-        "elementwise", masked, {"w": (D, F)}, {"w": "io"}, materialized=True, options=FORM, sites=0
-    ),
-    Subject(
-        "product_of_weights",
-        lambda p, x: x @ (p["a"] @ p["b"]),
-        {"a": (D, F), "b": (F, K)},
-        {"a": "oi", "b": "io"},
-        materialized=True,
-        options=FORM,
     ),
 ]

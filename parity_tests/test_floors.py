@@ -43,8 +43,10 @@ FLOORS = [
         "intake",
         "shown",
         "buffers",
+        "signals",
+        "locks",
     },
-    {"config_problems"},
+    {"config_problems", "journal"},
     {
         "files",
         "adapter",
@@ -74,7 +76,7 @@ FLOORS = [
     {"models"},
     {"train"},
     {"parity"},
-    {"commands", "console"},
+    {"commands", "console", "outlet"},
     {"cli"},
 ]
 

@@ -164,7 +164,7 @@ def test_pipes_devices_and_folders_in_the_place_of_a_file_are_refused(
             patch.chdir(here)
             assert main(argv) == 2, argv
         captured = capsys.readouterr()
-        assert f"it is {said}, wanted a regular file" in captured.err, (argv, captured.err)
+        assert f"Is {said}, wanted a regular file" in captured.err, (argv, captured.err)
         assert captured.err.count("\n") <= 2
         assert not (here / "o").exists() or not any((here / "o").iterdir())
         shutil.rmtree(here)

@@ -13,6 +13,7 @@ from flax import linen, nnx
 from lora_jax import Adapter, Full, LoraConfig, lora, merge, plan
 from lora_jax.adapter import count
 from lora_jax.errors import AdapterError, ConfigError, PlanError
+from lora_jax.inits import initialise
 from parity_tests import subjects
 
 X = jnp.ones((3, 6))
@@ -405,3 +406,52 @@ def test_dropout_inside_an_authors_derivative_is_refused():
             jnp.ones((2, 4, 40)),
             jax.random.key(0),
         )
+
+
+START = dict(r=2, target_modules=["w", "v"], use_dora=True, modules_to_save=["head"], bias="all")
+
+
+def started(params, x):
+    y = x @ params["w"]["kernel"] @ params["v"]["kernel"] + params["v"]["bias"]
+    return params["embed"]["embedding"][jnp.array([1])] + y @ params["head"]["kernel"]
+
+
+def test_a_plan_of_shapes_starts_from_given_parameters():
+    """DoRA's magnitudes, rows and leaves trained in full are values of the weights."""
+    rng = np.random.default_rng(0)
+    shapes = {"w.kernel": (3, 4), "v.kernel": (4, 5), "v.bias": (5,), "head.kernel": (5, 6)}
+    params: dict = {}
+    for path, shape in (shapes | {"embed.embedding": (7, 6)}).items():
+        module, leaf = path.split(".")
+        params.setdefault(module, {})[leaf] = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    config = LoraConfig(trainable_token_indices={"embed": [2, 5]}, **START)
+    abstract = jax.eval_shape(lambda: params)
+    key = jax.random.key(0)
+    wanted = plan(started, params, config, jnp.ones((2, 3))).init(key)
+    found = plan(started, abstract, config, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    got = found.init(key, params=params)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert jax.eval_shape(lambda: wanted) == found.abstract()
+    with pytest.raises(ConfigError, match="was made from shapes") as caught:
+        found.init(key)
+    assert caught.value.problems == (
+        "head.kernel: trained in full",
+        "v.bias: trained in full",
+        "v.kernel: its norms are DoRA's",
+        "w.kernel: its norms are DoRA's",
+        "embed.embedding: rows of it",
+    )
+    wrong = {**params, "w": {"kernel": jnp.ones((4, 3))}, "embed": {}}
+    with pytest.raises(ConfigError, match="not the plan's") as caught:
+        found.init(key, params=wrong)
+    assert caught.value.problems == (
+        "embed.embedding: got None, not (7, 6)",
+        "w.kernel: got (4, 3), not (3, 4)",
+    )
+    plain = LoraConfig(r=2, target_modules=["w"])
+    plan(started, abstract, plain, jnp.ones((2, 3))).init(key)  # needs no values
+    read = dataclasses.replace(plain, init_lora_weights="pissa", modules_to_save=["head"])
+    _, adapters = initialise(plan(started, abstract, read, jnp.ones((2, 3))), params, key)
+    np.testing.assert_array_equal(adapters["head.kernel"].value, params["head"]["kernel"])

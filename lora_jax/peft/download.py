@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import assets, pointers
 from ..errors import AdapterError, AssetError, LoraError
 from ..intake import parse_json, read_bytes, reason
+from ..journal import settle
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -41,13 +42,14 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
 
     Raises:
         AdapterError: the hub cannot be reached or lacks a file, its client is not installed, or
-            ``subfolder`` leads elsewhere.
+            ``subfolder`` leads elsewhere; or the directory was left in the middle of a change
+            that cannot be finished here.
     """
     if subfolder and not _FOLDER.fullmatch(subfolder):
         raise AdapterError(f"subfolder: got {subfolder!r}, wanted names joined by '/'")
     found = _REPO.fullmatch(name) if isinstance(name, str) else None
     if found is None or os.path.exists(name):
-        return Path(name) / (subfolder or "")
+        return settle(Path(name) / (subfolder or ""), AdapterError)
     repo, inner, revision = found.groups()
     if revision is not None and not (_REVISION.fullmatch(revision) and len(revision) < 200):
         raise AdapterError(

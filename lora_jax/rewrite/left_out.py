@@ -26,7 +26,7 @@ MOST = 12
 def weights(traced: Traced, record: Record) -> dict[str, str]:
     """Return the weights that stand in a product and have no rule, each with the reason."""
     values = dict(zip(traced.paths, traced.operands, strict=False))
-    whole = [path for path, value in values.items() if _is_whole_numbers(value)]
+    whole = [path for path, value in values.items() if is_whole_numbers(value)]
     if not whole and not record.rejected:
         return {}
     found = walk(traced).in_products
@@ -74,5 +74,6 @@ def _capped(reasons: Mapping[str, str]) -> list[str]:
     return lines if more <= 1 else [*lines[:MOST], f"and {more} more"]
 
 
-def _is_whole_numbers(value: Any) -> bool:
+def is_whole_numbers(value: Any) -> bool:
+    """Tell whether a parameter is a matrix of integers, as a quantised weight is."""
     return value.ndim >= 2 and jnp.issubdtype(value.dtype, jnp.integer)
