@@ -272,16 +272,15 @@ def agreement(subject: Subject) -> None:
 
 
 def _as_if(found: Plan, config: LoraConfig) -> dict[str, Any]:
-    """Return the shapes of adapters as a plan would make them that had not refused."""
+    """Return adapters as a plan would make them that had not refused."""
     kinds = dict(dora=config.use_dora, biased=config.lora_bias, columns=None)
     rows = [dataclasses.replace(leaf, **kinds) for leaf in found.adapted]
-    shape = partial(jax.ShapeDtypeStruct, dtype=np.float32)
     return {
         row.name: row.adapter(
-            shape(row.a_shape),
-            shape(row.b_shape),
-            magnitude=shape(row.magnitude_shape) if row.dora else None,
-            bias=shape(row.bias_shape) if row.biased else None,
+            jnp.zeros(row.a_shape),
+            jnp.zeros(row.b_shape),
+            magnitude=jnp.zeros(row.magnitude_shape) if row.dora else None,
+            bias=jnp.zeros(row.bias_shape) if row.biased else None,
         )
         for row in rows
     }

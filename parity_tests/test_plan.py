@@ -158,7 +158,7 @@ def test_abstract_parameters_plan_without_computing():
 
 # Uses that this registry has no rule for: each is named with path and primitive.
 LOUD = {
-    "add": (lambda p, x: x @ (p["w"] + 1), "add"),
+    "plus_data": (lambda p, x: x @ (p["w"] + x[:1].T), "the data is added"),
     "part_of_a_row": (
         lambda p, x: x[0, 0] * p["w"][jnp.array([0, 2]), jnp.array([1, 1])],
         "gather",
@@ -252,7 +252,9 @@ def test_every_bad_target_is_listed_at_once():
     config = LoraConfig(target_modules=["u", "v", "w"])
     with pytest.raises(PlanError) as error:
         plan(
-            lambda p, x: x @ (p["u"] + 1) @ p["v"].sum(0, keepdims=True).T @ jnp.sort(p["w"])[:1],
+            lambda p, x: (
+                x @ jnp.exp(p["u"]) @ p["v"].sum(0, keepdims=True).T @ jnp.sort(p["w"])[:1]
+            ),
             params,
             config,
             X,

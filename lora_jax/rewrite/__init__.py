@@ -13,6 +13,7 @@ from . import (  # noqa: F401
     products,
     repeats,
     structure,
+    sums,
 )
 from .frugality import Frugality, frugality
 from .leaf import LeafPlan

@@ -70,6 +70,7 @@ class Record:
         formed: the paths whose ``W + s·A·B`` was formed.
         met: the primitives that weights met while planning, by path.
         left_out: the weights that ``"all-linear"`` cannot adapt, and why; see ``left_out``.
+        alone: tells of a variable whether it is made of parameters and constants alone.
         dropout_key: the random key of this interpretation, None for no dropout.
         active: where masked adapters act, see ``alora.silenced``; None while planning.
         times: how often the loops around it run it.
@@ -85,6 +86,7 @@ class Record:
     formed: set[str] = field(default_factory=set)
     met: dict[str, set[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    alone: Callable[[Any], bool] = lambda atom: False
     dropout_key: Any = None
     active: Any = None
     times: int = 1

@@ -8,7 +8,7 @@ along the axes that they stack.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,7 @@ def in_mesh(value: Any, mesh: Any) -> Any:
     return reshard(value, NamedSharding(mesh, PartitionSpec()))
 
 
-def placed(value: Any, spec: Sequence[Any], mesh: Any) -> Any:
+def placed(value: Any, spec: Iterable[Any], mesh: Any) -> Any:
     """Return an array, sharded along the explicit ones of these axes of a mesh."""
     if AxisType.Explicit not in mesh.axis_types:
         return value

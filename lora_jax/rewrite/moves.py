@@ -146,14 +146,7 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     whole = replace(weights[0], base=base, **joined)
     if whole.planning:
         return whole
-    if len({weight.letters for weight in weights}) > 1:
-        raise Unsupported(
-            f"weights with the axes {sorted({w.letters for w in weights})} are joined"
-        )
-    scale = changes.common_scale(weights)
-    if scale is None:
-        weights = [replace(w, a=lowrank.scaled(w.a, w)) for w in weights]
-        scale = 1.0
+    weights, scale = _of_one_scale(weights)
     letter = weights[0].letters[axis]
     if axis_is_new:
         weights = [with_letters(w, w.letters) for w in weights]
@@ -163,6 +156,35 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     b = _join(whole_parts, weights, axis, OUT, block=letter == OUT)
     gain, bias = (_join_thin(whole_parts, weights[0], axis, name) for name in _ABSENT)
     return replace(whole, a=a, b=b, scale=scale, gain=gain, bias=bias)
+
+
+def add(weights: Sequence[LoraWeight], base: Any) -> LoraWeight:
+    """Return one weight for a sum of several: ``[A₁ A₂]·[B₁; B₂]``, with this base.
+
+    Raises:
+        Unsupported: they give an axis different letters.
+    """
+    weights = _alike(list(weights), base.dtype)
+    whole = replace(weights[0], base=base, **_join_labels(weights))
+    if whole.planning:
+        return whole
+    weights, scale = _of_one_scale(weights)
+    rank = weights[0].letters.count(STACKED)
+    a = lax.concatenate([weight.a for weight in weights], weights[0].a.ndim - 1)
+    b = lax.concatenate([weight.b for weight in weights], rank)
+    return replace(whole, a=a, b=b, scale=scale)
+
+
+def _of_one_scale(weights: list[LoraWeight]) -> tuple[list[LoraWeight], Any]:
+    """Return weights of the same letters with one scale, and that."""
+    if len({weight.letters for weight in weights}) > 1:
+        raise Unsupported(
+            f"weights with the axes {sorted({w.letters for w in weights})} are joined"
+        )
+    scale = changes.common_scale(weights)
+    if scale is None:
+        return [replace(w, a=lowrank.scaled(w.a, w)) for w in weights], 1.0
+    return weights, scale
 
 
 def _base(part: Any) -> Any:

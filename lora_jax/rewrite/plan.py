@@ -226,6 +226,8 @@ def plan(
     ):
         record.left_out.update(left_out.weights(traced, record))
     targets = select.targets(config, leaves, record)
+    if config.target_modules == configs.ALL_LINEAR:
+        targets -= left_out.no_weights(traced, record) - select.bare(config, leaves)
     select.reject_pairs(targets, record)
     select.reject_shared(config, leaves, record)
     if config.lora_bias:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .interpret import Record, Site, interpret
 from .leaf import LeafPlan
+from .made import Alone
 from .select import could_adapt
 from .trace import Traced
 from .transform import reject_outputs, run_adapted
@@ -19,7 +20,7 @@ from .weight import enter, same_use
 
 def survey(traced: Traced) -> Record:
     """Find every site of every parameter that could be a matmul weight."""
-    record = Record()
+    record = Record(alone=Alone(traced))
 
     def run(*operands: Any) -> list[Any]:
         values = list(operands)
@@ -62,7 +63,8 @@ def rehearse(traced: Traced, rows: Iterable[LeafPlan], record: Record) -> None:
         for row in rows:
             a, b = jnp.zeros(row.a_shape), jnp.zeros(row.b_shape)
             magnitude = jnp.zeros(row.magnitude_shape) if row.dora else None
-            adapters[row.path] = row.adapter(a, b, magnitude=magnitude)
+            bias = jnp.zeros(row.bias_shape) if row.biased else None
+            adapters[row.path] = row.adapter(a, b, magnitude=magnitude, bias=bias)
         run_adapted(rehearsal, traced, operands, adapters)
         return []
 
