@@ -16,14 +16,14 @@ CONFIGURATION = rows(
         "config.py",
         'module == name or module.endswith(f".{name}")',
         "module.endswith(name)",
-        "test_peft_matching.py::test_target_modules_match_as_in_peft",
+        "test_peft_matching.py::test_every_module_is_matched_by_every_pattern_as_in_peft",
     ),
     (
         "an expression need not reach the end",
         "config.py",
         "re.fullmatch(names, module)",
         "re.match(names, module)",
-        "test_peft_matching.py::test_target_modules_match_as_in_peft",
+        "test_peft_matching.py::test_every_module_is_matched_by_every_pattern_as_in_peft",
     ),
     (
         "excluded modules are adapted",
@@ -58,7 +58,7 @@ CONFIGURATION = rows(
         "config.py",
         "if wanted is None or wanted == ():",
         "if not wanted:",
-        "test_peft_matching.py::test_layers_are_chosen_as_in_peft",
+        "test_peft_matching.py::test_the_first_layer_may_be_chosen",
     ),
     (
         "what lies in a saved module is not trained",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.parity.mutant_table import MUTANTS
-from parity_tests.planted import plant
+from parity_tests.planted import Planted, plant
 from parity_tests.planted_table import PLANTED
 
 BY_NAME = {bug.name: bug for bug in PLANTED}
