@@ -164,7 +164,7 @@ def cache_directory(option: str | Path | None = None) -> Path:
     """
     chosen = option or os.environ.get("LORA_JAX_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     try:
         import platformdirs
     except ImportError as error:

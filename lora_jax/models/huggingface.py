@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,11 @@ TOKENIZER_FILES = (
 _OLD_LEAVES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # Constants, and the heads of BERT's own pretraining, which neither of our models has.
 _IGNORED = ("embeddings.position_ids", "cls.")
+_LAYER = re.compile(r"encoder\.layer\.(\d{1,9})\.")
+
+# What is traced before it is compared, so that each tensor that is missing is named.
+_MOST_LAYERS = 64
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -99,6 +105,7 @@ def load_params(directory: str | Path) -> Params:
         keys, problems = _stored_names(file.keys())
         shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in keys.items()}
         heads = (shapes.get("classifier.weight"), shapes.get("classifier.bias"))
+        _refuse_other_depth(path, config, keys)
         template = _template(config, next((shape[0] for shape in heads if shape), None))
         wanted = {_name_in_file(p): _torch_shape(p, s) for p, s in paths.flatten(template).items()}
         problems += _misfits(shapes, wanted)
@@ -269,6 +276,17 @@ def _template(config: BertConfig, num_labels: int | None) -> Params:
     model = BertModel(config) if bare else BertForSequenceClassification(config, num_labels)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
+
+
+def _refuse_other_depth(path: Path, config: BertConfig, names: Mapping[str, str]) -> None:
+    """Raise before anything is traced where ``config.json`` has other layers than the file."""
+    found = {int(one[1]) for name in names if (one := _LAYER.match(name))}
+    there = 1 + max(found, default=-1)
+    if there < config.num_hidden_layers and config.num_hidden_layers > _MOST_LAYERS:
+        raise AssetError(
+            f"{path} does not fit its config.json: num_hidden_layers: got "
+            f"{config.num_hidden_layers:,}, the file has {there}"
+        )
 
 
 def _stored_names(keys: list[str]) -> tuple[dict[str, str], list[str]]:

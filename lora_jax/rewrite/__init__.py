@@ -8,6 +8,7 @@ from . import (  # noqa: F401
     calls,
     complexes,
     derivatives,
+    lookups,
     places,
     products,
     repeats,

@@ -19,7 +19,7 @@ from ..adapter import Adapter
 from ..arranging import Size
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
-from . import siblings
+from . import meshes, siblings
 from .registry import RULES, Unsupported
 from .runs import evaluate
 from .trace import canonical
@@ -324,15 +324,42 @@ def _apply(call: Call, operands: list[Any]) -> list[Any]:
     try:
         if name not in RULES:
             raise Unsupported("there is no rule for it")
-        outs = RULES[name](call, *operands)
-    except Unsupported as why:
+        with meshes.around(call.eqn):
+            outs = RULES[name](call, *operands)
+    except Exception as problem:
+        why = _reason(problem, operands)
         whole = [formed(call.record, value) for value in operands]
         if any(map(_is_weight, whole)) and any(map(_differ, whole, operands)):
             return _apply(call, whole)
         for weight in filter(_is_weight, whole):
             _reject(call, weight, why)
         outs = call.plain(*map(base_of, whole))
-    return list(outs) if call.eqn.primitive.multiple_results else [outs]
+    outs = list(outs) if call.eqn.primitive.multiple_results else [outs]
+    return [_typed(call, n, out) for n, out in enumerate(outs)]
+
+
+def _reason(problem: Exception, operands: Sequence[Any]) -> Unsupported:
+    """Return why a rule cannot follow its weights; what is no rule's word is raised.
+
+    While planning every matrix is followed, and one that is not a target must break no plan.
+    """
+    if isinstance(problem, Unsupported):
+        return problem
+    if not any(_is_weight(value) and value.planning for value in operands):
+        raise problem
+    first = next(iter(str(problem).splitlines()), "")
+    return Unsupported(f"{type(problem).__name__}: {first}")
+
+
+def _typed(call: Call, n: int, out: Any) -> Any:
+    """Return an output sharded as the author's is, where types say how."""
+    wanted: Any = call.eqn.outvars[n].aval
+    if not meshes.is_explicit(getattr(wanted, "sharding", None)):
+        return out
+    with meshes.around(call.eqn):
+        if not _is_weight(out):
+            return meshes.as_typed(out, wanted)
+        return replace(out, base=meshes.as_typed(out.base, wanted))
 
 
 def formed(record: Record, value: Any) -> Any:

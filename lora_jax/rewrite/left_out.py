@@ -38,7 +38,7 @@ MOST = 12
 def weights(traced: Traced, record: Record) -> dict[str, str]:
     """Return the weights that stand in a product and have no rule, each with the reason."""
     values = dict(zip(traced.paths, traced.operands, strict=False))
-    whole = [path for path, value in values.items() if _is_whole_numbers(value)]
+    whole = [path for path, value in values.items() if is_whole_numbers(value)]
     if not whole and not record.rejected:
         return {}
     found = _in_products(traced)
@@ -213,7 +213,8 @@ def _jaxpr(inner: Any) -> core.Jaxpr:
     return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
 
 
-def _is_whole_numbers(value: Any) -> bool:
+def is_whole_numbers(value: Any) -> bool:
+    """Tell whether a parameter is a matrix of integers, as a quantised weight is."""
     return value.ndim >= 2 and jnp.issubdtype(value.dtype, jnp.integer)
 
 

@@ -43,11 +43,11 @@ def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
     )
 
 
-def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
+def reshape(weight: LoraWeight, shape: Sequence[int], base: Any = None) -> LoraWeight:
     """Return the weight with whole axes split, merged, or size-1 axes added or dropped.
 
     A size-1 axis that is dropped is one that an index or a slice has left over: the adapter
-    stacks it.
+    stacks it. ``base`` is the frozen array where the author says how it is sharded then.
 
     Raises:
         Unsupported: an axis of A and an axis of B would merge, or a size-1 axis that the
@@ -69,7 +69,7 @@ def reshape(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
         if not weight.planning:
             weight.letter(labels)  # refuses an axis of A merged with one of B
         origin += [labels] * len(new)
-    base = lax.reshape(weight.base, shape)
+    base = lax.reshape(weight.base, shape) if base is None else base
     moved = replace(weight, base=base, origin=tuple(origin), looped=looped)
     return moved if weight.planning else with_letters(moved, moved.letters)
 
@@ -91,14 +91,20 @@ def _repeats_as_own(weight: LoraWeight, blocks: Sequence[Sequence[int]]) -> Lora
     return replace(with_letters(weight, grown.letters), origin=grown.origin)
 
 
-def broadcast(weight: LoraWeight, shape: Sequence[int], axes: Sequence[int]) -> LoraWeight:
-    """Return the weight repeated along axes; ``axes`` are those that its own become."""
+def broadcast(
+    weight: LoraWeight, shape: Sequence[int], axes: Sequence[int], base: Any = None
+) -> LoraWeight:
+    """Return the weight repeated along axes; ``axes`` are those that its own become.
+
+    ``base`` is the frozen array where the author says how it is sharded then.
+    """
     sizes = zip(axes, weight.base.shape, weight.origin, strict=True)
     grown = [n for n, (axis, size, own) in enumerate(sizes) if own and shape[axis] != size]
     weight = cut(weight, lambda array, at, n: jnp.repeat(array, shape[axes[n]], at), grown)
     own = dict(zip(axes, weight.origin, strict=True))
     origin = tuple(own.get(axis, frozenset()) for axis in range(len(shape)))
-    return replace(weight, base=lax.broadcast_in_dim(weight.base, shape, axes), origin=origin)
+    base = lax.broadcast_in_dim(weight.base, shape, axes) if base is None else base
+    return replace(weight, base=base, origin=origin)
 
 
 def cut(

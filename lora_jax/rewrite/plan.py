@@ -221,7 +221,9 @@ def plan(
     select.refuse_hanging(config, leaves)
     traced = trace(fn, params, args, kwargs)
     record = survey.survey(traced)
-    if config.target_modules == configs.ALL_LINEAR:
+    if isinstance(config.target_modules, str) or any(
+        map(left_out.is_whole_numbers, leaves.values())
+    ):
         record.left_out.update(left_out.weights(traced, record))
     targets = select.targets(config, leaves, record)
     select.reject_pairs(targets, record)

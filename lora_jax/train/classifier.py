@@ -99,7 +99,7 @@ def load_classifier(
     check_length(max_length, positions)
     model, params = from_pretrained(directory, len(classes), seed=seed)
     local = os.path.isdir(name)
-    base_model = str(Path(name).resolve()) if local else _HUB_NAMES.get(str(name), str(name))
+    base_model = os.path.realpath(name) if local else _HUB_NAMES.get(str(name), str(name))
     tokenizer = load_tokenizer(directory)
     return Classifier(directory, base_model, model, params, tokenizer, classes, max_length)
 

@@ -284,8 +284,8 @@ def _check(options: FinetuneOptions) -> tuple[LoraConfig, LoopOptions]:
             Range("weight_decay", options.weight_decay, 0, limits.RATE),
             Range("lora_alpha", options.lora_alpha, -limits.RATE, limits.RATE),
             Range("epochs", options.epochs, 1, limits.EPOCHS),
-            Range("seed", options.seed, 0, 2**32 - 1),
-            Range("split_seed", options.split_seed, 0, 2**32 - 1),
+            Range("seed", options.seed, 0, limits.SEED),
+            Range("split_seed", options.split_seed, 0, limits.SEED),
         ]
     )
     problems += limits.step_problems(options.batch_size, options.max_length)

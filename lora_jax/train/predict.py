@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,11 @@ from ..models import model_files, refuse_other_layout
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
 from ..shown import shortened
+from . import limits
 from .classifier import Classifier, load_classifier, read_record
 from .data import batches
-from .limits import step_problems
+from .limits import Range, step_problems
+from .reading import SURROGATE
 
 Note = Callable[[str], None]
 
@@ -65,9 +68,17 @@ def predict(
     """
     if not texts:
         raise DataError("no text to classify; give some, or a table that has some")
+    problems = [
+        f"text {i}: got {text!r}, wanted Unicode text"
+        for i, text in enumerate(texts, start=1)
+        if SURROGATE.search(text)
+    ]
+    raise_all(DataError, "these texts cannot be read", problems)
     size = min(batch_size, len(texts))
     record = read_record(directory)
-    raise_all(ConfigError, "these options are out of range", step_problems(size, record.max_length))
+    found = limits.problems([Range("batch_size", batch_size, 1, limits.TOKENS)])
+    found += [] if found else step_problems(size, record.max_length)
+    raise_all(ConfigError, "these options are out of range", found)
     classifier, adapters = _load(directory, model, size, cache, note)
     apply = jax.jit(lora(classifier.apply))
     found = []
@@ -117,7 +128,7 @@ def merge_to(
     read_record(directory)
     with claimed(out, overwrite=overwrite) as output:
         classifier, adapters = _load(directory, model, 1, cache, note)
-        if output.directory.resolve() == classifier.directory.resolve():
+        if os.path.realpath(output.directory) == os.path.realpath(classifier.directory):
             raise OutputError(
                 f"{out} holds the base model, which stays as it is; choose another place"
             )
