@@ -15,17 +15,18 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import AssetError, raise_all
+from .errors import AssetError, OutputError, raise_all
 from .intake import open_regular, problem_of
 from .journal import settle, sweep, working
 from .waiting import Limits, bytes_in, failure, within
 
 Progress = Callable[[str], None]
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 _PROBE_SECONDS, _DAY = 5.0, 86400.0
@@ -270,6 +271,24 @@ def check_model(directory: str | Path) -> Path:
         )
     raise_all(AssetError, f"{directory} is not a model directory", missing)
     return directory
+
+
+def refuse_other_layout(directory: Path, names: Collection[str]) -> None:
+    """Raise where older weights in the directory would be read in the place of new ones.
+
+    Args:
+        directory: where a model is going to be written, over what is there.
+        names: its files of weights: one, or shards, which have an index.
+
+    Raises:
+        OutputError: there is an index beside the one file, or one file beside the shards.
+    """
+    other = INDEX if WEIGHTS in names else WEIGHTS
+    if (directory / other).exists():
+        raise OutputError(
+            f"{directory / other} is of another model, and would be read in the place of "
+            f"{', '.join(sorted(names))}; remove it, or choose another directory"
+        )
 
 
 def _tidy(directory: Path) -> None:

@@ -375,8 +375,13 @@ def test_help_and_version(capsys):
 
 
 def lora_jax_process(*argv, **more):
+    # Whoever started pytest may have Ctrl-C ignored, which a child would inherit.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from lora_jax.cli import main; sys.exit(main())"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "lora_jax.cli", *map(str, argv)],
+        [sys.executable, "-c", code, *map(str, argv)],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,

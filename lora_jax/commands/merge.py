@@ -13,13 +13,13 @@ import safetensors.numpy
 from .. import lowrank, paths, rows
 from ..adapter import Adapter, Entry, Full, Rows
 from ..alora import refuse_masked
+from ..assets import refuse_other_layout
 from ..changes import merged, scaled_bias
 from ..errors import AdapterError, OutputError, raise_all
 from ..factors import pairs_of
 from ..files import claimed
 from ..intake import parse_json, read_bytes
 from ..merging import Rounding, overflow, rounding, warnings_of
-from ..models import refuse_other_layout
 from ..peft.bare import look
 from ..peft.files import CONFIG_NAME
 from ..peft.halves import LOOKED_UP

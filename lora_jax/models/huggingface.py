@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .. import paths, pointers
-from ..assets import check_model, resolve_model
-from ..errors import AssetError, ConfigError, OutputError, raise_all
+from ..assets import check_model, refuse_other_layout, resolve_model
+from ..errors import AssetError, ConfigError, raise_all
 from ..files import claimed
 from ..intake import is_inside, read_bytes, require_regular
 from .bert import BertConfig, BertForSequenceClassification, BertModel, read_json
@@ -28,7 +28,6 @@ Params = Mapping[str, Any]
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 """What PyTorch calls a Flax leaf; only a ``kernel`` is also transposed."""
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "bert."
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -212,24 +211,6 @@ def model_files(
         others = ", ".join(name for name in there if name not in own)
         note(f"not copied, as they are no regular files of the model's directory: {others}")
     return contents
-
-
-def refuse_other_layout(directory: Path, names: Collection[str]) -> None:
-    """Raise where older weights in the directory would be read in the place of new ones.
-
-    Args:
-        directory: where a model is going to be written, over what is there.
-        names: its files of weights: one, or shards, which have an index.
-
-    Raises:
-        OutputError: there is an index beside the one file, or one file beside the shards.
-    """
-    other = INDEX if WEIGHTS in names else WEIGHTS
-    if (directory / other).exists():
-        raise OutputError(
-            f"{directory / other} is of another model, and would be read in the place of "
-            f"{', '.join(sorted(names))}; remove it, or choose another directory"
-        )
 
 
 def not_finite(array: jax.Array | np.ndarray) -> str | None:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ..adapter import Adapters
+from ..assets import refuse_other_layout
 from ..errors import (
     ConfigError,
     DataError,
@@ -20,7 +21,7 @@ from ..errors import (
 )
 from ..files import claimed
 from ..merging import merge
-from ..models import model_files, refuse_other_layout
+from ..models import model_files
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
 from ..shown import shortened
