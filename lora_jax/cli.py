@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__, commands
+from . import __version__, commands, outlet
 from .commands import parity
 from .config import ALL_LINEAR, LoraConfig
 from .console import Reporter, counted, summarise
 from .errors import LoraError
 from .models import plan_model
 from .parity.checks import run_check
+from .shown import escaped, in_json
 from .train.extras import require
 from .train.finetune import FinetuneOptions, finetune
 from .train.loop import Interrupted, NotFinite
-from .train.predict import merge_to, predict
+from .train.predict import Prediction, merge_to, predict
 from .train.reading import read_texts
 
 DESCRIPTION = """LoRA fine-tuning in JAX, with PEFT's adapter files.
@@ -110,14 +111,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process when not given.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv in (["--version"], ["-V"]):
-        print(f"lora-jax {__version__}")
-        return 0
+    with outlet.plainly():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     try:
-        options = _parse(argv)
+        if argv in (["--version"], ["-V"]):
+            outlet.show(f"lora-jax {__version__}")
+            return 0
+        with outlet.short_usage():
+            options = _parse(argv)
         return _COMMANDS[type(options)](options)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+        if isinstance(stop.code, str):
+            return _fail(stop.code, BAD_INPUT)
+        return stop.code if stop.code is not None else 0
     except LoraError as error:
         return _fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
@@ -126,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has enough; the interpreter must not flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except outlet.UNFORESEEN as error:
+        return _fail(outlet.unforeseen(error), BAD_INPUT)
 
 
 def _parse(argv: list[str]) -> Any:
@@ -161,7 +172,8 @@ def _finetune(options: FinetuneOptions) -> int:
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     data = "the SMS Spam Collection" if options.data is None else options.data
-    console.print(f"LoRA on {options.model} with {data}; results go to {options.output}")
+    where = map(escaped, (options.model, data, options.output))
+    console.print("LoRA on {} with {}; results go to {}".format(*where))
     saved = f"the adapter is saved in {options.output}"
     reporter = Reporter(console, options.epochs)
     try:
@@ -190,15 +202,20 @@ def _predict(options: PredictOptions) -> int:
         cache=options.cache,
         note=_note,
     )
-    for prediction in found:
-        if options.json:
-            print(json.dumps(vars(prediction), ensure_ascii=False))
-        else:
-            # A line is a text, so what ends a line or a field in it becomes a space.
-            text = " ".join(prediction.text.split())
-            print(prediction.label, f"{prediction.probability:.4f}", text, sep="\t")
-    sys.stdout.flush()
+    outlet.write("\n".join(map(_as_json if options.json else _as_row, found)))
     return 0
+
+
+def _as_json(prediction: Prediction) -> str:
+    text = in_json(vars(prediction))
+    return text if outlet.takes(text) else json.dumps(vars(prediction))
+
+
+def _as_row(prediction: Prediction) -> str:
+    # A line is a text, so what ends a line or a field in it becomes a space.
+    text = " ".join(prediction.text.split())
+    cells = (prediction.label, f"{prediction.probability:.4f}", text)
+    return "\t".join(map(escaped, cells))
 
 
 def _merge(options: MergeOptions) -> int:
@@ -206,7 +223,7 @@ def _merge(options: MergeOptions) -> int:
         beside = {"--model": options.model, "--cache": options.cache}
         if odd := [name for name, value in beside.items() if value is not None]:
             return _fail(f"{', '.join(odd)}: of DIRECTORY OUT, not of MODEL ADAPTER OUT", BAD_INPUT)
-        print(commands.merge_files(*options.paths, overwrite=options.overwrite))
+        outlet.show(commands.merge_files(*options.paths, overwrite=options.overwrite))
         return 0
     if len(options.paths) != 2:
         return _fail("merge takes DIRECTORY OUT, or MODEL ADAPTER OUT", BAD_INPUT)
@@ -219,13 +236,15 @@ def _merge(options: MergeOptions) -> int:
         cache=options.cache,
         note=_note,
     )
-    print(f"the merged model is in {out}; load it with")
-    print(f"transformers.AutoModelForSequenceClassification.from_pretrained({str(out)!r})")
+    load = f"transformers.AutoModelForSequenceClassification.from_pretrained({str(out)!r})"
+    outlet.show(f"the merged model is in {escaped(out)}; load it with\n{load}")
     return 0
 
 
 def _plan(options: PlanOptions) -> int:
     names = options.target_modules
+    if not names:
+        return _fail(f"target_modules: got no name, wanted some, or {ALL_LINEAR}", BAD_INPUT)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
@@ -233,8 +252,7 @@ def _plan(options: PlanOptions) -> int:
         exclude_modules=options.exclude_modules or None,
         on_unsupported="materialize" if options.materialize else "error",
     )
-    print(plan_model(options.model, config, cache=options.cache, note=_note))
-    sys.stdout.flush()
+    outlet.show(str(plan_model(options.model, config, cache=options.cache, note=_note)))
     return 0
 
 
@@ -244,17 +262,15 @@ def _parity(options: commands.ParityOptions) -> int:
         parity.run_pair(check, options.seed) if prepared.pair else run_check(check, options.seed)
         for check in counted(prepared.checks)
     ]
-    matrix = parity.plant(options, lambda line: print(line, file=sys.stderr, flush=True))
+    matrix = parity.plant(options, _note)
     report, text = parity.finish(prepared, results, options.seed, matrix)
-    print(text)
-    sys.stdout.flush()
+    outlet.show(text)
     return 0 if report.ok and (matrix is None or matrix.ok) else DIFFERENT
 
 
 def _printed(text_of: Callable[[Any], str]) -> Callable[[Any], int]:
     def run(options: Any) -> int:
-        print(text_of(options))
-        sys.stdout.flush()
+        outlet.show(text_of(options))
         return 0
 
     return run
@@ -274,10 +290,11 @@ _COMMANDS: dict[type, Callable[[Any], int]] = {
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(outlet.message(text), file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int) -> int:
+    message = outlet.message(message)
     print(f"lora-jax: {message}", file=sys.stderr)
     return code
 

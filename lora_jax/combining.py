@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from .adapter import Adapter, Adapters, rank
 from .algebra import HEADING
+from .buffers import apart
 from .errors import AdapterError, raise_all
 from .factors import (
     Factors,
@@ -136,7 +137,7 @@ def combine(
         else:
             pair = mixer.by_factors(pairs)
         combined[path] = with_factors(pairs[0], pair, 1.0)
-    return combined
+    return apart(combined, adapters)
 
 
 def combination_error(

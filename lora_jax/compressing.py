@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from .adapter import Adapter, Adapters, Entry, rank
+from .buffers import apart
 from .errors import AdapterError, raise_all
 from .factors import (
     Factors,
@@ -67,7 +68,7 @@ def resize(
         elif to < rank(old):
             pair, errors[path] = truncated(*svd(factors(old)), to)
             resized[path] = replace(with_factors(old, pair, 1.0), scale=old.scale)
-    return resized, errors
+    return apart(resized, adapters), errors
 
 
 def truncated(u: Array, sigma: Array, vt: Array, r: int) -> tuple[Factors, float]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from . import indices
 from .regexes import Expression, in_layers, suffixed
+from .shown import shortened
+
+_LARGEST = (2 - 2**-23) * 2.0**127
 
 # ``LoraConfig`` imports this module, so that a configuration is anything with its fields here.
 Config = Any
+
+# Above the width of every layer; beyond it sizes are more than 64 bits hold.
+LARGEST_RANK = 1 << 20
 
 BIASES = ("none", "all", "lora_only")
 UNMATCHED = ("error", "warn")
@@ -32,7 +37,12 @@ def problems(config: Config) -> list[str]:
         if isinstance(r, bool) or not isinstance(r, int) or r < 1
     ]
     found += [
-        f"{name}: got {alpha!r}, wanted a finite number"
+        f"{name}: got {shortened(repr(r), 40)}, wanted at most {LARGEST_RANK:,}"
+        for name, r in ranks.items()
+        if isinstance(r, int) and r > LARGEST_RANK
+    ]
+    found += [
+        f"{name}: got {shortened(repr(alpha), 40)}, wanted a finite number of float32"
         for name, alpha in alphas.items()
         if isinstance(alpha, bool) or not _is_finite(alpha)
     ]
@@ -129,8 +139,9 @@ def _parameter_problems(config: Config) -> list[str]:
 
 
 def _is_finite(number: object) -> bool:
+    """Tell whether a number is finite in float32, in which scales are multiplied."""
     try:
-        return isinstance(number, int | float) and math.isfinite(number)
+        return isinstance(number, int | float) and abs(float(number)) <= _LARGEST
     except OverflowError:  # an integer beyond every float
         return False
 

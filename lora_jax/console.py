@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from .outlet import message
 from .parity.checks import Check
 from .rewrite.table import totals
+from .shown import escaped, shortened
 from .train.finetune import FinetuneOptions, Note, Planned, Result
 from .train.loop import EpochEvent, StepEvent, StopEvent
 
@@ -48,7 +50,7 @@ class Reporter:
         """Show an event of ``finetune``."""
         match event:
             case Note():
-                self.console.print(event.text)
+                self.console.print(message(event.text))
             case Planned():
                 self.planned(event)
             case StepEvent():
@@ -57,7 +59,7 @@ class Reporter:
                 self.saved = True
                 self.console.print(_epoch_line(event, self.epochs))
             case StopEvent() if event.reason != "finished":
-                self.console.print(f"stopped early: {event.reason}")
+                self.console.print(f"stopped early: {escaped(event.reason)}")
 
     def planned(self, event: Planned) -> None:
         """Show the plan and the data, and begin the bar."""
@@ -99,9 +101,9 @@ def summarise(console: Console, result: Result, options: FinetuneOptions) -> Non
         "adapter size": f"{result.adapter_bytes:,} bytes",
         "adapter": str(result.directory),
     }.items():
-        table.add_row(name, value)
+        table.add_row(name, escaped(value))
     console.print(table)
-    directory = shlex.quote(str(result.directory))
+    directory = shlex.quote(escaped(result.directory))
     texts = '"some text"' if options.data else '"You have won a prize. Call 09061701461 to claim"'
     console.print(f"next: lora-jax predict {directory} {texts}")
 
@@ -119,7 +121,7 @@ def counted(checks: Sequence[Check]) -> Iterator[Check]:
             if n:
                 shown = f"{_clock((time.monotonic() - begin) / n * (total - n))} left"
             if bar:
-                name = check.name if len(check.name) < 40 else f"{check.name[:39]}…"
+                name = escaped(shortened(check.name, 40))
                 bar.update(task, completed=n, description=name, shown=shown)
             elif n * 10 // total > (n - 1) * 10 // total and n:
                 console.print(f"{n} of {total} checks  {shown}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .shown import listed
+
 
 class LoraError(ValueError):
     """Base class of every error that ``lora_jax`` raises on purpose.
@@ -46,8 +48,19 @@ class ParityError(LoraError):
     """A comparison of two frameworks that cannot be made as it was asked for."""
 
 
-def raise_all(error: type[LoraError], heading: str, problems: Iterable[str]) -> None:
-    """Raise one ``error`` that lists every problem; do nothing when there is none.
+def raise_all(
+    error: type[LoraError], heading: str, problems: Iterable[str], *, more: int = 0
+) -> None:
+    """Raise one ``error`` that lists the problems; do nothing when there is none.
+
+    The message shows the first 20, each on one line and without control characters, and how many
+    more there are; the error's ``problems`` hold them all.
+
+    Args:
+        error: what is raised.
+        heading: what they have in common.
+        problems: a line each.
+        more: how many there are beside these.
 
     >>> raise_all(LoraError, "bad fields", [])
     >>> raise_all(LoraError, "bad fields", ["r: got 0", "bias: got 'x'"])
@@ -59,6 +72,6 @@ def raise_all(error: type[LoraError], heading: str, problems: Iterable[str]) -> 
     """
     problems = tuple(problems)
     if problems:
-        raised = error(f"{heading}:\n  " + "\n  ".join(problems))
+        raised = error(f"{heading}:\n  " + "\n  ".join(listed(problems, more=more)))
         raised.problems = problems
         raise raised

@@ -25,6 +25,7 @@ from .adapter import (
     pick,
     rank,
 )
+from .buffers import apart
 from .compressing import truncated
 from .errors import AdapterError, raise_all
 from .lowrank import accumulation_dtype
@@ -115,7 +116,7 @@ def without_dora(
             a, b, errors[path] = _closest(change, one.axes, rank(one) if r is None else r)
             a, b = a.astype(one.a.dtype), b.astype(one.b.dtype)
             plain[path] = replace(one, a=a, b=b, scale=1.0, magnitude=None)
-    return plain, errors
+    return apart(plain, adapters), errors
 
 
 def _closest(change: Float[Array, "..."], axes: str, r: int) -> tuple[Any, Any, float]:

@@ -278,6 +278,18 @@ def scaled(x: Inexact[Array, "..."], adapter: Any) -> Inexact[Array, "..."]:
     return x * lax.stop_gradient(jnp.asarray(adapter.scale, x.dtype))
 
 
+def cast(x: Inexact[Array, "*x"], dtype: DTypeLike) -> Inexact[Array, "*x"]:
+    """Return x in this dtype; of complex values their real part, where it is a real one.
+
+    So cotangents of real values are, when these were read as complex.
+
+    >>> cast(jnp.array([1 + 2j]), "float32").tolist()
+    [1.0]
+    """
+    real = jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating)
+    return (lax.real(x) if real else x).astype(dtype)
+
+
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype that sums are formed in: float32, or a wider one if given that."""
     return wider(dtype, jnp.float32)
@@ -286,11 +298,31 @@ def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
 def wider(one: DTypeLike, two: DTypeLike) -> jnp.dtype:
     """Return the dtype that holds both, where JAX's strict promotion would name none.
 
-    >>> wider("bfloat16", "float32")
-    dtype('float32')
+    JAX names none either for floats of 8 bits or fewer beside others, which hold their values.
+
+    >>> wider("bfloat16", "float32"), wider("float8_e4m3fn", "float16")
+    (dtype('float32'), dtype('float16'))
     """
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(one, two)
+    dtypes = [jnp.dtype(one), jnp.dtype(two)]
+    wide = [dtype for dtype in dtypes if not is_tiny(dtype)]
+    if len(wide) == 2:
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.promote_types(one, two)
+    if dtypes[0] == dtypes[1]:
+        return dtypes[0]
+    # float8_e8m0fnu has exponents that float16 has not.
+    largest = max(jnp.finfo(dtype).maxexp for dtype in dtypes)
+    enough = [dtype for dtype in wide if jnp.finfo(dtype).maxexp == largest]
+    return enough[0] if enough else jnp.dtype("float32")
+
+
+def is_tiny(dtype: DTypeLike) -> bool:
+    """Tell floats of 8 bits and fewer.
+
+    >>> is_tiny("float8_e4m3fn"), is_tiny("float16"), is_tiny("int8")
+    (True, False, False)
+    """
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize < 2
 
 
 def positions(axes: str, letter: str) -> dict[int, int]:

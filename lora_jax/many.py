@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Inexact, Int
 
 from . import calling, lowrank, paths, rows
 from .adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, pytree, rank
+from .buffers import apart
 from .calling import is_array
 from .errors import AdapterError, raise_all
 from .serializing import register
@@ -129,10 +130,11 @@ def rescale(adapters: Adapters, scales: Mapping[str, Any]) -> dict[str, Entry]:
     problems = [f"{path}: an adapter, but no scale" for path in pairs - scales.keys()]
     problems += [f"{path}: a scale, but no adapter" for path in scales.keys() - pairs]
     raise_all(AdapterError, "these scales are not those of the adapters", sorted(problems))
-    return {
+    whole = {
         path: replace(entry, scale=scales[path]) if isinstance(entry, Adapter) else entry
         for path, entry in adapters.items()
     }
+    return apart(whole, adapters, scales)
 
 
 def map_adapters(fn: Callable[..., Any], *, rows: int) -> Callable[..., Any]:

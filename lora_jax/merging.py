@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import changes, lowrank, paths
 from . import rows as rows_of
 from .adapter import Adapter, Adapters, Full, Rows, check_fit
 from .alora import refuse_masked
+from .buffers import apart
 from .errors import AdapterError, raise_all
 
 # A tenth of ΔW is more than rounding may take unsaid.
@@ -27,7 +30,8 @@ class Rounding:
         dtype: the weight's.
         changed: how many of its values ``ΔW`` should change: those where it is not 0.
         unchanged: how many of these rounding left as they were.
-        error: ``‖(W_merged − W) − ΔW‖ / ‖ΔW‖`` (Frobenius norms, in float64).
+        error: ``‖(W_merged − W) − ΔW‖ / ‖ΔW‖`` (Frobenius norms, in float64); infinite where
+            ``ΔW`` or the merged weight is not finite.
     """
 
     dtype: str
@@ -37,7 +41,9 @@ class Rounding:
 
     @property
     def warning(self) -> str | None:
-        """What to say where rounding took more than a tenth of ``ΔW``; None elsewhere."""
+        """What to say where rounding took more than a tenth of ``ΔW``, or broke it; else None."""
+        if math.isnan(self.error) or math.isinf(self.error):
+            return f"the merged weight is not finite in {self.dtype}: its change is beyond it"
         if not self.error > LARGEST_LOSS:
             return None
         return (
@@ -52,7 +58,8 @@ def merge(params: Any, adapters: Adapters) -> Any:
 
     The sum is formed in at least float32 and rounded once to the weight's dtype. Leaves
     or rows trained in full are put in. An adapter's bias goes into the bias of the same module,
-    ``b + s·bias``, in the same way. To undo a merge, keep ``params``.
+    ``b + s·bias``, in the same way. To undo a merge, keep ``params``: what is returned shares no
+    array with it, so either may be donated.
 
     Args:
         params: the frozen parameters, any pytree.
@@ -61,7 +68,7 @@ def merge(params: Any, adapters: Adapters) -> Any:
     Raises:
         AdapterError: an adapter has no parameter, does not fit its shape, or is an aLoRA's, which
             acts on a part of the tokens; or lists those with a bias whose module has none, or one
-            of another shape.
+            of another shape; or lists the weights of 8 bits that cannot hold the sum.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.adapter import Adapter
@@ -85,7 +92,22 @@ def merge(params: Any, adapters: Adapters) -> Any:
         if name in own:
             bias: Any = changed.get(own[name], leaves[own[name]])
             changed[own[name]] = lowrank.add(bias, _bias_change(adapter, bias))
-    return paths.replace(params, changed)
+    raise_all(AdapterError, "these sums are beyond what the weights hold", _overflows(changed))
+    return apart(paths.replace(params, changed), params, adapters)
+
+
+def _overflows(merged: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the weights of 8 bits and fewer that are no longer finite; a large one is NaN there."""
+    for path, weight in merged.items():
+        if not lowrank.is_tiny(weight.dtype) or isinstance(weight, Tracer):
+            continue
+        wrong = int((~jnp.isfinite(jnp.asarray(weight, jnp.float32))).sum())
+        if wrong:
+            largest = float(jnp.finfo(weight.dtype).max)
+            yield (
+                f"{path}: {wrong:,} values are not finite in {weight.dtype.name}, which ends at "
+                f"{largest:g}; merge into a copy of another dtype"
+            )
 
 
 def bias_paths(leaves: Mapping[str, Any], adapters: Adapters) -> dict[str, str]:
@@ -178,13 +200,31 @@ def _rounding(weight: Any, merged: Any, change: Any) -> Rounding:
     delta = np.asarray(change, np.float64)
     old, new = (np.asarray(one.astype(jnp.float32), np.float64) for one in (weight, merged))
     wanted = delta != 0
-    size = float(np.linalg.norm(delta))
+    finite = bool(np.isfinite(delta).all() and np.isfinite(new).all())
+    size = float(np.linalg.norm(delta)) if finite else math.inf
     return Rounding(
         weight.dtype.name,
         int(wanted.sum()),
         int((wanted & (old == new)).sum()),
-        float(np.linalg.norm(new - old - delta)) / size if size else 0.0,
+        (float(np.linalg.norm(new - old - delta)) / size if size else 0.0) if finite else math.inf,
     )
+
+
+def overflow(name: str, old: Any, new: Any) -> list[str]:
+    """Return a line where a merged weight is not finite and the weight before was.
+
+    >>> overflow("w", jnp.ones(3), jnp.array([1.0, jnp.inf, jnp.nan]))
+    ['w: 2 of 3 values are NaN or infinite in float32']
+    """
+    bad = ~np.isfinite(_wide(new))
+    if not bad.any() or not np.isfinite(_wide(old)).all():
+        return []
+    return [f"{name}: {bad.sum():,} of {bad.size:,} values are NaN or infinite in {new.dtype.name}"]
+
+
+def _wide(array: Any) -> np.ndarray:
+    # numpy has no isfinite for every extension dtype; float32 holds them all.
+    return np.asarray(array if array.dtype == np.float64 else array.astype(np.float32))
 
 
 def warnings_of(report: Mapping[str, Rounding]) -> list[str]:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import jax
-from jax.experimental.compilation_cache import compilation_cache
-
 from parity_tests import tiny
 
 # All rows are one batch, so that two epochs are two steps: the first at rate 0, the second at the
@@ -26,28 +21,6 @@ PATIENT = {"epochs": 9, "batch_size": 8, "patience": 2, "learning_rate": 1e-30}
 # All that finetune multiplies with is another.
 OTHER = {"r": 3, "lora_alpha": 60, "learning_rate": 2 * RATE, "weight_decay": 0.0}
 PREFIX = "base_model.model."
-
-
-@contextlib.contextmanager
-def compiled_once(directory):
-    """Keep what is compiled: most runs differ in numbers alone, and take the compiler's time."""
-    if jax.config.jax_compilation_cache_dir is not None:
-        yield
-        return
-    wanted = {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 class Prepared(BaseException):

@@ -21,16 +21,10 @@ from lora_jax.parity.verdicts import TensorVerdict, Verdict
 from lora_jax.train import classifier
 from lora_jax.train import predict as predicting
 from parity_tests import tiny
-from parity_tests.option_runs import PREFIX, Prepared, argv, compiled_once, rows, write
+from parity_tests.option_runs import PREFIX, Prepared, argv, rows, write
 
 # All alike, so that each operation is compiled once.
 SIZES = dict.fromkeys(("a.q", "a.v", "b.q"), (6, 5))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    with compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 def run(capsys, *words, code=0):

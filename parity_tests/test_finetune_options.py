@@ -24,17 +24,10 @@ from parity_tests.option_runs import (
     PREFIX,
     Prepared,
     argv,
-    compiled_once,
     first_labels,
     rows,
     write,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    with compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,24 @@ import pytest
 
 from lora_jax import lora, merge
 from lora_jax.adapter import pick
-from parity_tests import laws, subjects, subjects_complex, subjects_products, subjects_structure
+from parity_tests import (
+    laws,
+    subjects,
+    subjects_complex,
+    subjects_derivatives,
+    subjects_products,
+    subjects_structure,
+)
 from parity_tests.laws import ALL as LAWS
 from parity_tests.laws import computed, loss, random_adapters, weight_sizes
 
-SUBJECTS = [*subjects.ALL, *subjects_products.ALL, *subjects_structure.ALL, *subjects_complex.ALL]
+SUBJECTS = [
+    *subjects.ALL,
+    *subjects_products.ALL,
+    *subjects_structure.ALL,
+    *subjects_complex.ALL,
+    *subjects_derivatives.ALL,
+]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

@@ -121,6 +121,26 @@ def test_value_and_gradients_are_pytorchs(
         close(all_ways(hidden, head), [wanted, *by, wanted, *by])
 
 
+@pytest.mark.parametrize(("smoothing", "transposed"), [(0.1, False), (0.25, True)])
+def test_smoothed_values_and_every_gradient_are_pytorchs(smoothing, transposed):
+    """The gradient of hidden alone is computed another way than beside that of the head."""
+    with jax.enable_x64(True):
+        hidden, head, labels = drawn(0, (5, 4), 3, 7)
+        options = dict(label_smoothing=smoothing, chunk=3, transposed=transposed)
+
+        def loss(hidden, head):
+            return linear_cross_entropy(hidden, head.T if transposed else head, labels, **options)
+
+        @jax.jit
+        def all_ways(hidden, head):
+            value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
+            alone = [jax.grad(loss, n)(hidden, head) for n in (0, 1)]
+            return [value, *gradients, loss(hidden, head), *alone]
+
+        wanted, *by = by_torch(hidden, head, labels, label_smoothing=smoothing)
+        close(all_ways(hidden, head), [wanted, *by, wanted, *by])
+
+
 def test_another_ignored_label_and_rows_of_anything_under_it():
     with jax.enable_x64(True):
         hidden, head, labels = drawn(0, (7,), 3, 5)

@@ -17,7 +17,9 @@ import safetensors
 from .. import pointers
 from ..errors import AssetError, OutputError, raise_all
 from ..files import output_directory
+from ..intake import is_inside, problem_of, reason, require_regular
 from ..peft.download import read_index
+from ..shown import listed
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,6 +44,27 @@ class Checkpoint:
     files: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What is not copied from a model's directory.
+
+    Args:
+        old: the same weights in other formats.
+        elsewhere: links that lead out of the directory or nowhere, pipes and devices.
+    """
+
+    old: tuple[str, ...]
+    elsewhere: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return what is said of them."""
+        said = {
+            "not copied, as they hold the old weights": self.old,
+            "not copied, as they are no regular files of the model's directory": self.elsewhere,
+        }
+        return [f"{why}: {', '.join(listed(names))}" for why, names in said.items() if names]
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -73,19 +96,21 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]
         return tensors, file.metadata()
 
 
-def copy_others(checkpoint: Checkpoint, to: Path) -> list[str]:
-    """Copy all files but the weights; return the names of the weights in other formats."""
-    left_out = []
+def copy_others(checkpoint: Checkpoint, to: Path) -> LeftOut:
+    """Copy all regular files but the weights; return the names of what is left out."""
+    old, elsewhere = [], []
     for path in sorted(checkpoint.directory.rglob("*")):
         name = path.relative_to(checkpoint.directory)
-        if str(name) in checkpoint.files or path.is_dir():
+        if str(name) in checkpoint.files or (path.is_dir() and not path.is_symlink()):
             continue
         if path.name.endswith(OTHER_WEIGHTS) and str(name) != INDEX:
-            left_out.append(str(name))
-            continue
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, to / name)
-    return left_out
+            old.append(str(name))
+        elif not is_inside(path, checkpoint.directory):
+            elsewhere.append(str(name))
+        else:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path.resolve(), to / name)
+    return LeftOut(tuple(old), tuple(elsewhere))
 
 
 @contextmanager
@@ -122,18 +147,19 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    return read_index(path, AssetError) if path.is_file() else None
+    return None if problem_of(path) == "missing" else read_index(path, AssetError)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
+    if problem_of(path) == "missing":
         raise AssetError(
             f"{path} is missing. A model is a directory with {WEIGHTS}, or {INDEX} and its shards."
         )
     pointers.refuse(path, AssetError)
     try:
+        require_regular(path)
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        raise AssetError(f"{path} is not a whole safetensors file: {error}") from error
+        raise AssetError(f"{path} is not a whole safetensors file: {reason(error)}") from error

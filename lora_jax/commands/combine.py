@@ -15,6 +15,7 @@ from ..errors import AdapterError, raise_all
 from ..peft import AdapterFile, fitted, open_adapter, write_adapter
 from ..peft.carried import base_weights
 from ..peft.halves import LOOKED_UP
+from ..shown import escaped
 from .tables import table
 
 
@@ -85,8 +86,8 @@ def combine_files(options: CombineOptions) -> str:
     return "\n".join(
         [
             table(("module", "r", "error against the exact sum"), rows),
-            *(note if len(bases) > 1 else []),
-            f"the combination is in {options.out}",
+            *map(escaped, note if len(bases) > 1 else []),
+            f"the combination is in {escaped(options.out)}",
         ]
     )
 

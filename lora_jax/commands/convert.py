@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -12,12 +11,14 @@ import safetensors
 
 from .. import pointers
 from ..errors import AdapterError
+from ..intake import parse_json, read_bytes, reason, require_regular
 from ..peft import AdapterFile, diffusers, families, mlx
 from ..peft.files import write_directory
 from ..peft.layouts import Converted, converted
 from ..peft.renaming import exact
 from ..peft.slots import PREFIX
 from ..peft.sources import read_source
+from ..shown import escaped
 from .tables import table
 
 
@@ -82,9 +83,9 @@ def convert_files(options: ConvertOptions) -> str:
     rows = [(name, str(n), str(r), f"{alpha:g}") for (name, r, alpha), n in sorted(kinds.items())]
     return "\n".join(
         [
-            *([] if family is None else [f"note: {family.told(source.modules)}"]),
+            *([] if family is None else [f"note: {escaped(family.told(source.modules))}"]),
             table(("name", "modules", "r", "alpha"), rows),
-            f"{len(new.ranks)} modules; the adapter is in {options.out}",
+            f"{len(new.ranks)} modules; the adapter is in {escaped(options.out)}",
         ]
     )
 
@@ -107,14 +108,17 @@ def _modules(path: Path) -> frozenset[str]:
     pointers.refuse(path, AdapterError)
     if path.suffix == ".safetensors":
         try:
+            require_regular(path)
             with safetensors.safe_open(path, framework="numpy") as file:
                 return frozenset(key.rpartition(".")[0] for key in file.keys())  # noqa: SIM118
         except (safetensors.SafetensorError, OSError) as error:
-            raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+            raise AdapterError(
+                f"{path} is not a whole safetensors file: {reason(error)}"
+            ) from error
     try:
-        names = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"cannot read {path} as JSON: {error}") from error
+        names = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"cannot read {path} as JSON: {reason(error)}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"{path}: wanted a JSON list of the names of modules")
     return frozenset(names)

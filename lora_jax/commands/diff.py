@@ -18,6 +18,7 @@ from ..peft import AdapterFile
 from ..peft.bare import look
 from ..peft.tensors import changed_base
 from ..peft_fields import DEFAULTS
+from ..shown import escaped
 from .tables import table
 
 
@@ -56,7 +57,7 @@ def diff_files(options: DiffOptions) -> str:
         each.config.init_lora_weights: changed_base(each.config) for each in (file, other_file)
     }
     said = [f"note: {note}" for note in notes.values() if note]
-    return "\n".join([*fields, *said, "", table(_HEADINGS, rows)])
+    return "\n".join([*map(escaped, (*fields, *said)), "", table(_HEADINGS, rows)])
 
 
 _HEADINGS = ("module", "r", "|ΔW|", "relative difference")

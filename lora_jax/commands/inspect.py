@@ -17,6 +17,7 @@ from ..peft import AdapterFile
 from ..peft.bare import look
 from ..peft.halves import in_file
 from ..peft.tensors import changed_base
+from ..shown import escaped
 from .tables import table
 
 # Adapters that were trained use about half of their rank and differ by a few times in norm.
@@ -66,13 +67,13 @@ def inspect_files(options: InspectOptions) -> str:
     found = [f"suspicious: {line}" for line in found + unmet]
     return "\n".join(
         [
-            *_configuration(file),
+            *map(escaped, _configuration(file)),
             "",
             table(_headings(file), [_row(name, one) for name, one in facts.items()]),
-            *_full(adapters),
+            *map(escaped, _full(adapters)),
             "",
             f"{len(facts)} modules, {count(adapters):,} trained values",
-            *(found or ["nothing suspicious"]),
+            *map(escaped, found or ["nothing suspicious"]),
         ]
     )
 

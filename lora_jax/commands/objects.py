@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from .. import pointers
 from ..errors import ParityError, raise_all
+from ..intake import reason, require_regular
 
 
 def load(name: str, option: str, *, call: bool = False) -> Any:
@@ -119,13 +120,14 @@ def said_where() -> Iterator[None]:
 def _read_arrays(path: Path) -> dict[str, Any]:
     pointers.refuse(path, ParityError)
     try:
+        require_regular(path)
         if path.suffix == ".safetensors":
             found = dict(safetensors.numpy.load_file(path))
         else:
             with np.load(path, allow_pickle=False) as file:
                 found = {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, numpy and safetensors have errors of their own
-        raise ParityError(f"--inputs: cannot read {path}: {error}") from error
+        raise ParityError(f"--inputs: cannot read {path}: {reason(error)}") from error
     if not found:
         raise ParityError(f"--inputs: {path} holds no array")
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ParityError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import read_bytes, reason
 from ..parity.against import differences
 from ..parity.checks import LEVELS, Check, CheckResult
 from ..parity.compare import compare
@@ -21,6 +22,7 @@ from ..parity.page import to_html
 from ..parity.report import Report, environment, from_json, to_json, to_markdown
 from ..parity.summary import PAIR, ratio_text, sentences
 from ..parity.templating import INSTALL
+from ..shown import escaped
 from .objects import load, load_inputs, said_where
 from .tables import table
 
@@ -154,9 +156,9 @@ def finish(
         lines = [_tensors(results[0]), "", *lines]
     for check in results:
         bad = [str(one) for one in check.tensors if not one.verdict.ok]
-        lines += [f"{check.name}: {said}" for said in (check.error, *bad) if said]
+        lines += [escaped(f"{check.name}: {said}") for said in (check.error, *bad) if said]
     if prepared.earlier is not None:
-        found = [str(one) for one in differences(report, prepared.earlier)]
+        found = [escaped(one) for one in differences(report, prepared.earlier)]
         lines += ["since the earlier report:", *(found or ["nothing changed"])]
     if prepared.directory is not None:
         write_report(report, prepared.directory, prepared.earlier)
@@ -181,9 +183,9 @@ def read_report(path: Path) -> Report:
         ParityError: it cannot be read or is none.
     """
     try:
-        return from_json(path.read_text("utf-8"))
+        return from_json(read_bytes(path).decode())
     except (OSError, UnicodeDecodeError) as error:
-        raise ParityError(f"cannot read {path}: {error}") from error
+        raise ParityError(f"cannot read {path}: {reason(error)}") from error
 
 
 def select(checks: Sequence[Check], levels: str | None, only: str | None) -> list[Check]:

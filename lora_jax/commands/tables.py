@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..shown import escaped
+
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return aligned columns under their headings.
@@ -13,6 +15,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ---------  -
     layer.0.q  8
     """
+    rows = [[escaped(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     lines = [headings, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from .. import paths
 from ..adapter import STACKED, Adapter, Adapters, Entry, Full, Rows
+from ..buffers import apart
 from ..config import rank_and_alpha, scale
 from ..errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
@@ -67,10 +68,11 @@ def relative_to(
     joined = {name: _joined(original[name], entry) for name, entry in adapters.items()}
     # As the plan has them: with use_rslora they may differ in the last bit.
     scales = {leaf.name: leaf.scale for leaf in doubled.adapted}
-    return doubled, {
+    plain = {
         name: replace(entry, scale=scales[name]) if isinstance(entry, Adapter) else entry
         for name, entry in joined.items()
     }
+    return doubled, apart(plain, original, adapters)
 
 
 def for_changed_base(plan: Plan) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Inexact, Int
 
 from .. import pointers
 from ..errors import AssetError, ConfigError, DataError, raise_all
+from ..intake import parse_json, read_bytes
 from ..packing import Packing, Unpacked, packing
 
 Layout = Packing | Unpacked
@@ -270,7 +270,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     pointers.refuse(Path(path), AssetError)
     try:
-        values = json.loads(Path(path).read_bytes())
+        values = parse_json(read_bytes(path))
     except OSError as error:
         raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

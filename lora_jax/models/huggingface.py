@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .. import paths, pointers
 from ..assets import check_model, resolve_model
 from ..errors import AssetError, ConfigError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import is_inside, read_bytes, require_regular
 from .bert import BertConfig, BertForSequenceClassification, BertModel, read_json
 
 Params = Mapping[str, Any]
@@ -87,7 +89,7 @@ def load_params(directory: str | Path) -> Params:
 
     Raises:
         AssetError: a file is missing or broken, or tensors are missing, unexpected or of the
-            wrong shape or type; all are listed.
+            wrong shape or type, or not finite; all are listed.
     """
     directory = check_model(directory)
     config = BertConfig.from_file(directory / "config.json")
@@ -107,6 +109,8 @@ def load_params(directory: str | Path) -> Params:
             p: _flax_array(p, file.get_tensor(keys[_name_in_file(p)]))
             for p in paths.flatten(template)
         }
+    broken = [f"{_name_in_file(p)}: {said}" for p, x in leaves.items() if (said := not_finite(x))]
+    raise_all(AssetError, f"{path} holds values that are not finite; download it again", broken)
     return paths.replace(template, leaves)
 
 
@@ -139,6 +143,7 @@ def save_model(
     *,
     classes: tuple[str, ...] | None = None,
     overwrite: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a full model that ``transformers`` loads: weights, ``config.json``, tokenizer files.
 
@@ -150,12 +155,13 @@ def save_model(
         source_directory: the model that the parameters came from.
         classes: the label names, in order; ``LABEL_0``, … when not given.
         overwrite: replace files of the same name.
+        note: called with a line where a tokenizer's file is a link out of the source.
 
     Returns:
         The directory.
 
     Raises:
-        AssetError: the parameters do not fit the source's ``config.json``.
+        AssetError: the parameters do not fit the source's ``config.json``, or are not finite.
         ConfigError: there are not as many ``classes`` as labels.
         OutputError: the directory is occupied or cannot be written.
     """
@@ -166,6 +172,9 @@ def save_model(
     tensors = to_state_dict(params)
     problems = _misfits({name: array.shape for name, array in tensors.items()}, wanted)
     raise_all(AssetError, f"these parameters do not fit {source / 'config.json'}", problems)
+    broken = [f"{name}: {said}" for name, x in tensors.items() if (said := not_finite(x))]
+    heading = "these parameters are not finite, so that nothing is written; is the scale too large?"
+    raise_all(AssetError, heading, broken)
     if labels is None and _has_prefix(source / "model.safetensors"):
         tensors = {PREFIX + name: array for name, array in tensors.items()}
     config = _saved_config(read_json(source / "config.json"), tensors, labels, classes)
@@ -174,11 +183,24 @@ def save_model(
         target / "model.safetensors": save(tensors, metadata={"format": "pt"}),
         target / "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            contents[target / name] = (source / name).read_bytes()
+    there = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
+    own = [name for name in there if is_inside(source / name, source)]
+    contents |= {target / name: read_bytes(source / name) for name in own}
     write_atomic(contents)
+    if note is not None and len(own) < len(there):
+        others = ", ".join(name for name in there if name not in own)
+        note(f"not copied, as they are no regular files of the model's directory: {others}")
     return target
+
+
+def not_finite(array: jax.Array | np.ndarray) -> str | None:
+    """Return how many values of an array are NaN or infinite; None for none.
+
+    >>> not_finite(np.array([1.0, np.nan])), not_finite(np.ones(2))
+    ('1 of 2 values', None)
+    """
+    bad = array.size - int(np.isfinite(np.asarray(array, np.float32)).sum())
+    return f"{bad:,} of {array.size:,} values" if bad else None
 
 
 def _saved_config(
@@ -267,6 +289,7 @@ def _has_prefix(path: Path) -> bool:
 def _open_weights(path: Path) -> Iterator[Any]:
     pointers.refuse(path, AssetError)
     try:
+        require_regular(path)
         with safe_open(path, framework="np") as file:
             yield file
     except SafetensorError as error:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParityError
+from ..intake import parse_json
+from ..shown import in_markdown
 from .checks import CheckResult
 from .verdicts import TensorVerdict, Verdict
 
@@ -81,13 +83,13 @@ def from_json(text: str) -> Report:
         ParityError: not a report, or one of another format.
     """
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         if fields["format"] != FORMAT:
             raise ParityError(f"got a report of format {fields['format']}, wanted {FORMAT}")
         checks = tuple(_check(one) for one in fields["checks"])
         trajectories = _decoded(fields["trajectories"])
         return Report(fields["environment"], checks, trajectories, fields["kills"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, ParityError):
             raise
         raise ParityError(
@@ -130,7 +132,7 @@ def to_markdown(report: Report, against: Report | None = None) -> str:
 
 def _in_table(value: Any) -> str:
     """Return a text that stays in its cell."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return in_markdown(" ".join(str(value).split()))
 
 
 def _check(fields: Mapping[str, Any]) -> CheckResult:

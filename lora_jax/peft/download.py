@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from .. import assets, pointers
 from ..errors import AdapterError, AssetError, LoraError
+from ..intake import parse_json, read_bytes, reason
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -17,8 +18,11 @@ INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 MISSING_HUB = 'huggingface_hub is not installed: pip install "lora_jax[hub]"'
 
 _NAME = r"\w[\w.-]*"
-_REPO = re.compile(rf"({_NAME}/{_NAME})((?:/{_NAME})*)(?:@([\w./-]+))?", re.ASCII)
+_REPO = re.compile(rf"({_NAME}/{_NAME})((?:/{_NAME})*)(?:@(.*))?", re.ASCII | re.DOTALL)
 _FOLDER = re.compile(rf"{_NAME}(?:/{_NAME})*", re.ASCII)
+
+# The hub's client makes a path of it: no part may be "..", and none empty.
+_REVISION = _FOLDER
 
 
 def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path:
@@ -42,9 +46,13 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
     if subfolder and not _FOLDER.fullmatch(subfolder):
         raise AdapterError(f"subfolder: got {subfolder!r}, wanted names joined by '/'")
     found = _REPO.fullmatch(name) if isinstance(name, str) else None
-    if found is None or Path(name).exists():
+    if found is None or os.path.exists(name):
         return Path(name) / (subfolder or "")
     repo, inner, revision = found.groups()
+    if revision is not None and not (_REVISION.fullmatch(revision) and len(revision) < 200):
+        raise AdapterError(
+            f"revision: got {revision!r} for {repo}, wanted a branch, a tag or a commit"
+        )
     folder = "/".join(filter(None, [inner.lstrip("/"), subfolder]))
     heading = f"no directory {name!r} was found, and {assets.endpoint()}/{repo} gave no adapter"
     offline = any(map(assets.is_set, assets.OFFLINE))
@@ -115,10 +123,10 @@ def read_index(path: Path, error: type[LoraError] = AdapterError) -> dict[str, s
     """
     pointers.refuse(path, error)
     try:
-        given = json.loads(path.read_bytes())["weight_map"]
+        given = parse_json(read_bytes(path))["weight_map"]
         where = {str(key): str(name) for key, name in given.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as problem:
-        raise error(f"{path} is not an index of shards: {problem!r}") from problem
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise error(f"{path} is not an index of shards: {reason(problem)}") from problem
     if odd := sorted({name for name in where.values() if Path(name).name != name}):
         raise error(f"{path} names files elsewhere: {', '.join(odd)}")
     if not where:

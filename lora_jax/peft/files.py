@@ -13,9 +13,11 @@ import safetensors.numpy
 
 from .. import paths, pointers
 from ..adapter import Adapters, Entry
+from ..buffers import apart
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..files import output_directory, write_atomic
+from ..intake import read_bytes
 from ..naming import Names
 from ..rewrite import Plan
 from . import (
@@ -221,7 +223,7 @@ def with_base_weights(
     Raises:
         AdapterError: lists every base weight of the file that does not fit the model.
     """
-    return carried.put(plan, names, read_weights(located(directory)), params)
+    return apart(carried.put(plan, names, read_weights(located(directory)), params), params)
 
 
 def load_config(
@@ -280,7 +282,7 @@ def load_adapter_file(directory: str | Path, *, subfolder: str | None = None) ->
     path = located(directory, CONFIG_NAME, subfolder=subfolder) / CONFIG_NAME
     pointers.refuse(path, AdapterError)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise AdapterError(
             f"cannot read {path}: {error.strerror}. An adapter is a directory with {CONFIG_NAME} "

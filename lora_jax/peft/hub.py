@@ -15,6 +15,7 @@ from ..config import LoraConfig
 from ..errors import AssetError, OutputError
 from ..naming import Names
 from ..rewrite import Plan
+from ..shown import escaped, in_markdown
 from .download import MISSING_HUB
 from .files import load_config, save_pretrained
 
@@ -127,7 +128,7 @@ def model_card(
     base = base_model or "the/base-model"
     sections = [
         _front_matter(base_model),
-        f"# {repo_id.rpartition('/')[2]}",
+        f"# {in_markdown(repo_id.rpartition('/')[2])}",
         f"A LoRA adapter for {_code(base_model)}, in the file format of PEFT, written by lora_jax."
         if base_model
         else "A LoRA adapter in the file format of PEFT, written by lora_jax.",
@@ -153,7 +154,7 @@ def _table(config: LoraConfig) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         always = field.name in ("r", "lora_alpha", "target_modules")
-        if always or value != getattr(default, field.name):
+        if always or (field.compare and value != getattr(default, field.name)):
             rows.append(f"| `{field.name}` | {_code(_json(value))} |")
     return "\n".join(rows)
 
@@ -187,7 +188,7 @@ def _vllm(config: LoraConfig, repo_id: str, base: str, task_type: str | None) ->
     }
     against = [reason for reason, holds in reasons.items() if holds]
     if task_type not in (None, "CAUSAL_LM"):
-        against.append(f"its task is {task_type}")
+        against.append(f"its task is {in_markdown(task_type)}")
     if against:
         return (
             f"vLLM does not serve this adapter beside its base ({', '.join(against)}): merge it "
@@ -222,11 +223,11 @@ def _python(lines: list[str]) -> str:
 
 
 def _code(text: str) -> str:
-    return "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
+    return "`" + escaped(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _shell(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
+    return "'" + escaped(text).replace("'", "'\\''") + "'"
 
 
 def _json(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import safetensors
 
 from .. import pointers
 from ..errors import AdapterError, raise_all
+from ..intake import problem_of, reason
 from .download import INDEX_NAME, WEIGHTS_NAME, read_index
 from .strict import header_problem
 
@@ -42,17 +44,17 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     Raises:
         AdapterError: the file is missing, broken, or a pickle.
     """
-    if not path.is_file():
-        pickled = (path.parent / "adapter_model.bin").exists()
+    if (problem := problem_of(path)) == "missing":
+        pickled = os.path.exists(path.parent / "adapter_model.bin")
         hint = " adapter_model.bin is a pickle, which is never read: save it again as safetensors."
         raise AdapterError(f"{path} is missing.{hint if pickled else ''}")
     pointers.refuse(path, AdapterError)
     try:
-        if problem := header_problem(path):
+        if problem := problem or header_problem(path):
             raise ValueError(problem)
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
-            f"{path} is not a whole safetensors file: {error}. Copy or save it again."
+            f"{path} is not a whole safetensors file: {reason(error)}. Copy or save it again."
         ) from error

@@ -12,6 +12,7 @@ import safetensors
 
 from .. import pointers
 from ..errors import AdapterError
+from ..intake import problem_of, read_bytes, reason, require_regular
 from . import families, mlx, shards, spelling
 from .config_json import MLX_FIELD, AdapterFile, parse
 from .download import CONFIG_NAME
@@ -60,7 +61,7 @@ def read_source(path: Path) -> Source:
 
 def _mlx_fields(path: Path) -> Mapping[str, Any] | None:
     try:
-        fields, _ = parse(path.read_bytes())
+        fields, _ = parse(read_bytes(path))
     except (OSError, ValueError):
         return None
     known = isinstance(fields, Mapping) and MLX_FIELD in fields and "peft_type" not in fields
@@ -75,7 +76,7 @@ def _plain(tensors: Mapping[str, np.ndarray], origin: Path) -> dict[str, np.ndar
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str] | None]:
-    if not path.is_file():
+    if problem_of(path) == "missing":
         raise AdapterError(f"{path} is missing")
     if path.suffix != ".safetensors":
         raise AdapterError(
@@ -85,8 +86,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str] | None]:
         )
     pointers.refuse(path, AdapterError)
     try:
+        require_regular(path)
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, file.metadata()
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+        raise AdapterError(f"{path} is not a whole safetensors file: {reason(error)}") from error

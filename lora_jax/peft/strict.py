@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from .. import config as configs
 from ..adapter import STACKED, pick
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
+from ..intake import open_regular
 from ..rewrite import LeafPlan, Plan
 from . import config_json
 from .slots import PREFIX, ROWS
+from .tying import EMBEDDING, HEAD
 
 # safetensors' own limit.
 _LONGEST_HEADER = 100_000_000
@@ -58,8 +61,8 @@ def header_problem(path: Path) -> str | None:
     Raises:
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             return f"the header claims {length} bytes of a file of {size}"
@@ -141,6 +144,7 @@ def target_problems(config: LoraConfig, modules: Iterable[str | Sequence[str]]) 
             + (f", as does target_parameters={bare!r}" if bare else "")
             for own in named
             if not any(_is_target(config, name) for name in own)
+            and not (own[0].rpartition(".")[2] == HEAD and _ties(config, named))
         ]
     lenient = config.on_unmatched == "warn"
     return found if lenient else found + idle(config, (one for own in named for one in own))
@@ -192,6 +196,12 @@ def tokens(config: LoraConfig, module: str) -> tuple[int, ...]:
     if given is None or isinstance(given, Mapping):
         return next(iter(configs.tokens_of(config, module)), ())
     return tuple(given)
+
+
+def _ties(config: LoraConfig, named: list[tuple[str, ...]]) -> bool:
+    """Tell whether PEFT adapts the output head with the embedding, which alone is a target."""
+    embeddings = [name for own in named for name in own if name.rpartition(".")[2] == EMBEDDING]
+    return config.ensure_weight_tying and any(_is_target(config, name) for name in embeddings)
 
 
 def _names_of(leaf: LeafPlan, config: LoraConfig, names: Callable[[str], str]) -> list[str]:

@@ -1,9 +1,15 @@
 """The rewriter: trace a function, plan its adapters, run its jaxpr with them.
 
-One rule for each primitive, in ``structure``, ``complexes``, ``products`` and ``calls``.
+One rule for each primitive: ``structure``, ``complexes``, ``products``, ``calls``, ``derivatives``.
 """
 
-from . import calls, complexes, products, structure  # noqa: F401  (importing registers the rules)
+from . import (  # noqa: F401  (importing registers the rules)
+    calls,
+    complexes,
+    derivatives,
+    products,
+    structure,
+)
 from .frugality import Frugality, frugality
 from .leaf import LeafPlan
 from .plan import Plan, plan

@@ -1,20 +1,18 @@
-"""Rules for functions inside the function: jit, remat, scan, and authors' own derivatives."""
+"""Rules for functions inside the function: jit, remat, loops, branches and shards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from ..adapter import is_number
 from . import passing
 from . import weight as weights
-from .interpret import Call, Record, base_of, interpret
+from .interpret import Call
 from .passing import scan_counts
 from .registry import Unsupported, rule
 from .weight import LoraWeight
@@ -148,71 +146,6 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
     return passed.whole(mapped(*parts))
 
 
-@rule("custom_jvp_call")
-def custom_jvp(call: Call, *operands: Any) -> list[Any]:
-    """Keep the author's tangent rule: it sees ``W + s·A·B`` and its tangent ``s·(dA·B + A·dB)``."""
-    _refuse_what_authors_do_not_know(call, operands)
-
-    @jax.custom_jvp
-    def function(*operands: Any) -> list[Any]:
-        return call.interpret(call.jaxpr, *operands, dense_gradient=True)
-
-    @function.defjvp
-    def tangent_rule(operands: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-        smooth = [n for n, operand in enumerate(operands) if _is_inexact(operand)]
-        dense = [_tangent(operands[n], tangents[n]) for n in smooth]
-
-        def author(arrays: list[Any], tangents: list[Any]) -> Any:
-            return jax.jvp(_in_places(call, operands, smooth), arrays, tangents)
-
-        primals = [operands[n] for n in smooth]
-        closed = jax.make_jaxpr(author)([*map(base_of, primals)], dense)
-        outs = call.interpret(closed, *primals, *dense, dense_gradient=True, part=1)
-        return outs[: len(outs) // 2], outs[len(outs) // 2 :]
-
-    return function(*operands)
-
-
-@rule("custom_vjp_call", "custom_vjp_call_jaxpr")
-def custom_vjp(call: Call, *operands: Any) -> list[Any]:
-    """Keep the author's cotangent rule: its ``dW`` gives ``dA = s·dW·Bᵀ`` and ``dB = s·Aᵀ·dW``."""
-    _refuse_what_authors_do_not_know(call, operands)
-
-    @jax.custom_vjp
-    def function(*operands: Any) -> list[Any]:
-        return call.interpret(call.jaxpr, *operands, dense_gradient=True)
-
-    def forward(*operands: Any) -> Any:
-        smooth = [n for n, operand in enumerate(operands) if _is_inexact(operand)]
-
-        def author(arrays: list[Any]) -> Any:
-            return jax.vjp(_in_places(call, operands, smooth), *arrays)
-
-        primals = [operands[n] for n in smooth]
-        closed, shape = jax.make_jaxpr(author, return_shape=True)([*map(base_of, primals)])
-        values = call.interpret(closed, *primals, dense_gradient=True, part=1)
-        outs, pullback = jax.tree.unflatten(jax.tree.structure(shape), values)
-        return outs, (pullback, operands)
-
-    def backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-        pullback, operands = residuals
-        leaves, tree = jax.tree.flatten(pullback, is_leaf=lambda x: isinstance(x, LoraWeight))
-        closed = jax.make_jaxpr(lambda leaves, ct: jax.tree.unflatten(tree, leaves)(ct))(
-            [*map(base_of, leaves)], cotangents
-        )
-        # The record of the forward pass is closed by now: what has no rule is raised at once.
-        record = Record()
-        dense = iter(interpret(record, closed, [*leaves, *cotangents]))
-        record.raise_rejected()
-        return tuple(
-            _cotangent(operand, next(dense)) if _is_inexact(operand) else None
-            for operand in operands
-        )
-
-    function.defvjp(forward, backward)
-    return function(*operands)
-
-
 @dataclass(frozen=True)
 class _Passed:
     """The outputs of a call that are weights which went into it, unchanged: not formed again."""
@@ -273,51 +206,3 @@ class _Carry:
 def _refuse_weights(values: Sequence[Any], why: str) -> None:
     if any(isinstance(value, LoraWeight) for value in values):
         raise Unsupported(why)
-
-
-def _refuse_what_authors_do_not_know(call: Call, operands: tuple[Any, ...]) -> None:
-    adapted = [value for value in operands if isinstance(value, LoraWeight)]
-    if call.record.dropout_key is not None and any(weight.dropout for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of lora_dropout")
-    if any(weight.masked for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of aLoRA's mask")
-    if any(weight.gain is not None for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of DoRA")
-    if any(weight.bias is not None for weight in adapted):
-        raise Unsupported("the author's derivative knows nothing of lora_bias")
-
-
-def _in_places(call: Call, operands: tuple[Any, ...], smooth: list[int]) -> Any:
-    """Return the author's function of the inexact operands alone."""
-
-    def function(*arrays: Any) -> Any:
-        values = [*map(base_of, operands)]
-        for place, array in zip(smooth, arrays, strict=True):
-            values[place] = array
-        return call.plain(*values)
-
-    return function
-
-
-def _tangent(weight: Any, tangent: Any) -> Any:
-    if not isinstance(weight, LoraWeight) or weight.planning:
-        return base_of(tangent)
-    _, moved = jax.jvp(
-        lambda a, b: weights.change(weight, a, b), (weight.a, weight.b), (tangent.a, tangent.b)
-    )
-    return tangent.base + moved.astype(tangent.base.dtype)
-
-
-def _cotangent(weight: Any, cotangent: Any) -> Any:
-    if not isinstance(weight, LoraWeight):
-        return cotangent
-    if weight.planning:
-        return replace(weight, base=cotangent)
-    change, pull = jax.vjp(lambda a, b: weights.change(weight, a, b), weight.a, weight.b)
-    a, b = pull(cotangent.astype(change.dtype))
-    scale = weight.scale if is_number(weight.scale) else jnp.zeros_like(weight.scale)
-    return replace(weight, base=cotangent, a=a, b=b, scale=scale)
-
-
-def _is_inexact(operand: Any) -> bool:
-    return jnp.issubdtype(base_of(operand).dtype, jnp.inexact)

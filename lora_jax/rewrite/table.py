@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..shown import escaped
+
 if TYPE_CHECKING:
     from .leaf import LeafPlan
     from .plan import Plan
@@ -13,7 +15,7 @@ _HEADINGS = ("path", "shape", "decision", "r", "scale", "A", "B", "sites")
 
 def render(plan: Plan) -> str:
     """Return one line for each parameter, then the totals."""
-    rows = [_HEADINGS, *map(_row, plan.leaves)]
+    rows = [_HEADINGS, *([escaped(cell) for cell in _row(leaf)] for leaf in plan.leaves)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from .. import __version__, pointers
 from ..assets import resolve_model
 from ..config import LoraConfig
 from ..errors import AdapterError
+from ..intake import parse_json, read_bytes, reason
 from ..models import from_pretrained
+from ..models.bert import BertConfig
 from ..rewrite import Plan, plan
+from ..shown import shortened
 from .data import Tokens, encode, load_tokenizer
+from .limits import TOKENS, check_length
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,8 +61,8 @@ class Classifier:
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Return the texts as tokens."""
-        pad_id = self.model.config.pad_token_id
-        return encode(self.tokenizer, texts, self.max_length, pad_id=pad_id)
+        pad_id, known = self.model.config.pad_token_id, self.model.config.vocab_size
+        return encode(self.tokenizer, texts, self.max_length, pad_id=pad_id, vocabulary=known)
 
     def plan(self, config: LoraConfig, batch_size: int) -> Plan:
         """Return what ``config`` does to this model."""
@@ -86,11 +91,13 @@ def load_classifier(
 
     Raises:
         AssetError: the files cannot be had or are broken.
-        ConfigError: the model is not a BERT of the supported kind.
+        ConfigError: the model is not a BERT of the supported kind, or reads only shorter texts.
     """
     directory = resolve_model(name, cache=cache, progress=note)
+    positions = BertConfig.from_file(directory / "config.json").max_position_embeddings
+    check_length(max_length, positions)
     model, params = from_pretrained(directory, len(classes), seed=seed)
-    local = Path(name).is_dir()
+    local = os.path.isdir(name)
     base_model = str(Path(name).resolve()) if local else _HUB_NAMES.get(str(name), str(name))
     tokenizer = load_tokenizer(directory)
     return Classifier(directory, base_model, model, params, tokenizer, classes, max_length)
@@ -117,6 +124,20 @@ def encode_record(record: Record, more: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
 
 
+def _record(base_model: Any, classes: Any, max_length: Any) -> Record:
+    if not isinstance(base_model, str):
+        raise TypeError(f"base_model: got {base_model!r}, wanted a name")
+    if not isinstance(classes, list) or not classes or not _are_names(classes):
+        raise TypeError(f"classes: got {classes!r}, wanted a list of different names")
+    if type(max_length) is not int or not 1 <= max_length <= TOKENS:
+        raise ValueError(f"max_length: got {max_length!r}, wanted a whole number of at least 1")
+    return Record(base_model, tuple(classes), max_length)
+
+
+def _are_names(classes: list[Any]) -> bool:
+    return all(isinstance(one, str) for one in classes) and len(set(classes)) == len(classes)
+
+
 def read_record(directory: str | Path) -> Record:
     """Read the ``run.json`` of an output directory.
 
@@ -126,9 +147,8 @@ def read_record(directory: str | Path) -> Record:
     path = Path(directory) / RECORD_NAME
     pointers.refuse(path, AdapterError)
     try:
-        fields = json.loads(path.read_bytes())
-        classes = tuple(map(str, fields["classes"]))
-        return Record(str(fields["base_model"]), classes, int(fields["max_length"]))
+        fields = parse_json(read_bytes(path))
+        return _record(fields["base_model"], fields["classes"], fields["max_length"])
     except OSError as error:
         raise AdapterError(
             f"cannot read {path}: {error.strerror or error}. Name a directory that "
@@ -136,6 +156,6 @@ def read_record(directory: str | Path) -> Record:
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(
-            f"{path} is not what `lora-jax finetune` writes ({type(error).__name__}: {error}). "
+            f"{path} is not what `lora-jax finetune` writes ({shortened(reason(error))}). "
             "Copy it again, or train again."
         ) from error

@@ -13,10 +13,14 @@ from jaxtyping import Array, Float32, Int32
 
 from .. import pointers
 from ..errors import AssetError, DataError, raise_all
+from ..intake import read_bytes
 from ..packing import token_places
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+_ENCODED = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +67,25 @@ def drop_duplicates(data: TextData) -> TextData:
     >>> drop_duplicates(data).texts
     ('a', 'b')
     """
-    rows = range(len(data.texts))
-    first = dict(zip(reversed(data.texts), reversed(rows), strict=True))
-    return _take(data, np.array(sorted(first.values()), np.intp))
+    return _take(data, np.array(list(_first_rows(data).values()), np.intp))
+
+
+def contradictions(data: TextData) -> int:
+    """Return how many different texts are there with more than one label.
+
+    >>> contradictions(TextData(("a", "b", "a"), np.array([0, 1, 1], np.int32), ("no", "yes")))
+    1
+    """
+    first = _first_rows(data)
+    rows = (i for i, text in enumerate(data.texts) if data.labels[i] != data.labels[first[text]])
+    return len({data.texts[i] for i in rows})
+
+
+def _first_rows(data: TextData) -> dict[str, int]:
+    first: dict[str, int] = {}
+    for i, text in enumerate(data.texts):
+        first.setdefault(text, i)
+    return first
 
 
 def balance(data: TextData, seed: int) -> TextData:
@@ -126,7 +146,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     path = Path(directory) / "tokenizer.json"
     pointers.refuse(path, AssetError)
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_bytes(path).decode("utf-8"))
     except OSError as error:
         raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
     # The library raises bare Exception for a file that it cannot parse.
@@ -138,7 +158,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def encode(
-    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, *, pad_id: int | None = None
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    max_length: int,
+    *,
+    pad_id: int | None = None,
+    vocabulary: int | None = None,
 ) -> Tokens:
     """Turn texts into ids of ``max_length`` tokens each, special tokens included.
 
@@ -147,9 +172,12 @@ def encode(
         texts: n texts; longer ones are truncated, shorter ones padded on the right.
         max_length: t, the width of the arrays.
         pad_id: the padding's id; that of the token ``[PAD]`` when not given.
+        vocabulary: how many tokens the model knows; no id is too large when not given.
 
     Raises:
-        DataError: ``max_length`` leaves no room for a text, or there is no padding id.
+        DataError: ``max_length`` leaves no room for a text, there is no padding id, or the
+            tokenizer cannot read a text.
+        AssetError: lists every token beyond the vocabulary.
     """
     special = tokenizer.num_special_tokens_to_add(False)
     if max_length <= special:
@@ -164,10 +192,33 @@ def encode(
     own = type(tokenizer).from_str(tokenizer.to_str())
     own.enable_truncation(max_length)
     own.enable_padding(length=max_length, pad_id=pad_id)
-    encodings = own.encode_batch(list(texts))
-    return Tokens(
-        np.array([e.ids for e in encodings], np.int32).reshape(-1, max_length),
-        np.array([e.attention_mask for e in encodings], np.int32).reshape(-1, max_length),
+    ids, mask = (np.empty((len(texts), max_length), np.int32) for _ in range(2))
+    # The library's own objects take a hundred times as much: a part of them at a time.
+    for start in range(0, len(texts), _ENCODED):
+        encodings = _encoded(own, list(texts[start : start + _ENCODED]))
+        rows = slice(start, start + len(encodings))
+        ids[rows] = [one.ids for one in encodings]
+        mask[rows] = [one.attention_mask for one in encodings]
+    if vocabulary is not None:
+        _refuse_strangers(own, ids, vocabulary)
+    return Tokens(ids, mask)
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
+    try:
+        return tokenizer.encode_batch(texts)
+    # The library raises bare Exception, such as for a word where there is no [UNK].
+    except Exception as error:
+        raise DataError(f"the tokenizer cannot read these texts: {error}") from error
+
+
+def _refuse_strangers(tokenizer: Tokenizer, ids: np.ndarray, vocabulary: int) -> None:
+    """Raise where tokens have no row in the model's embedding: XLA would give NaN for them."""
+    strange = np.unique(ids[(ids < 0) | (ids >= vocabulary)])
+    raise_all(
+        AssetError,
+        f"the tokenizer does not belong to the model, whose vocabulary has {vocabulary} tokens",
+        [f"{tokenizer.id_to_token(int(one))!r}: has the id {one}" for one in strange],
     )
 
 

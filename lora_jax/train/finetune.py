@@ -16,15 +16,16 @@ import numpy as np
 from ..adapter import Adapters
 from ..assets import SMS_SPAM, fetch
 from ..config import ALL_LINEAR, LoraConfig
-from ..errors import ConfigError, DataError, OutputError, raise_all
+from ..errors import ConfigError, DataError, OutputError, TrainingError, raise_all
 from ..files import output_directory, write_atomic
 from ..peft import save_pretrained
 from ..peft.files import WEIGHTS_NAME
 from ..rewrite import Plan, lora
-from . import data, reading
+from . import data, limits, reading
 from .classifier import RECORD_NAME, Classifier, Record, encode_record, load_classifier
 from .data import TextData
 from .extras import require
+from .limits import Range
 from .loop import (
     EpochEvent,
     Event,
@@ -41,6 +42,9 @@ from .step import Evaluate, make_evaluate, make_step, optimizer, schedule, start
 
 METRICS_NAME, CURVES_NAME = "metrics.jsonl", "curves.png"
 HEAD = "classifier"
+
+# Of fewer texts a part would be empty.
+FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,11 @@ def finetune(
     """
     job = _prepare(options, observe)
     before = score_rows(job.evaluate, job.params, job.adapters, job.test, job.loop)
+    if not math.isfinite(before.loss):
+        raise TrainingError(
+            f"before the first step the loss on the test texts is {before.loss}: the values "
+            f"overflow in the model {options.model} itself, so that no learning rate will do"
+        )
     sizes = (len(job.train.labels), len(job.validation.labels), len(job.test.labels))
     observe(Planned(job.plan, sizes, before.accuracy))
     began = time.perf_counter()
@@ -222,7 +231,7 @@ def _prepare(options: FinetuneOptions, observe: Observe) -> _Job:
     own = None if options.data is None else _read_own(options)
     directory = output_directory(options.output, overwrite=options.overwrite)
     texts = _read_sms(options, note) if own is None else own
-    parts = _parts(options, texts)
+    parts = _parts(options, texts, note)
     classifier = load_classifier(
         options.model,
         texts.classes,
@@ -233,6 +242,8 @@ def _prepare(options: FinetuneOptions, observe: Observe) -> _Job:
     )
     train, validation, test = (Rows(classifier.encode(p.texts), p.labels) for p in parts)
     plan = classifier.plan(config, options.batch_size)
+    steps = [Range("steps of all epochs", loop.steps(train), 1, limits.STEPS)]
+    raise_all(ConfigError, "these options are out of range", limits.problems(steps))
     rate = schedule(options.learning_rate, total_steps=loop.steps(train))
     return _Job(
         options=options,
@@ -250,19 +261,21 @@ def _prepare(options: FinetuneOptions, observe: Observe) -> _Job:
 
 def _check(options: FinetuneOptions) -> tuple[LoraConfig, LoopOptions]:
     require("matplotlib", "tokenizers")
-    positive = {"learning_rate": options.learning_rate, "max_length": options.max_length}
-    problems = [
-        f"{name}: got {value}, wanted more than 0"
-        for name, value in positive.items()
-        if not 0 < value < math.inf
-    ]
-    if not 0 <= options.weight_decay < math.inf:
-        problems.append(f"weight_decay: got {options.weight_decay}, wanted at least 0")
-    for name in ("seed", "split_seed"):
-        if not 0 <= getattr(options, name) < 2**32:
-            problems.append(f"{name}: got {getattr(options, name)}, wanted 0 to 2**32 - 1")
-    if options.limit is not None and options.limit < 10:
-        problems.append(f"limit: got {options.limit}, wanted at least 10 texts to split")
+    problems = limits.problems(
+        [
+            Range("learning_rate", options.learning_rate, 0, limits.RATE, above=True),
+            Range("weight_decay", options.weight_decay, 0, limits.RATE),
+            Range("lora_alpha", options.lora_alpha, -limits.RATE, limits.RATE),
+            Range("epochs", options.epochs, 1, limits.EPOCHS),
+            Range("seed", options.seed, 0, 2**32 - 1),
+            Range("split_seed", options.split_seed, 0, 2**32 - 1),
+        ]
+    )
+    problems += limits.step_problems(options.batch_size, options.max_length)
+    if options.limit is not None and options.limit < FEWEST:
+        problems.append(f"limit: got {options.limit}, wanted at least {FEWEST} texts to split")
+    if not options.target_modules:
+        problems.append(f"target_modules: got no name, wanted some, or {ALL_LINEAR}")
     raise_all(ConfigError, "these options are out of range", problems)
     targets = options.target_modules
     config = LoraConfig(
@@ -285,9 +298,15 @@ def _read_sms(options: FinetuneOptions, note: Callable[[str], None]) -> TextData
     return reading.read_sms(directory / SMS_SPAM.files[0].name)
 
 
-def _parts(options: FinetuneOptions, texts: TextData) -> tuple[TextData, TextData, TextData]:
+def _parts(
+    options: FinetuneOptions, texts: TextData, note: Callable[[str], None]
+) -> tuple[TextData, TextData, TextData]:
     """Return the parts for training, validation and test; no text is in two of them."""
+    rows = len(texts.texts)
+    if (several := data.contradictions(texts)) > 0:
+        note(f"texts with more than one label: {several:,}; of each the first row counts")
     texts = data.drop_duplicates(texts)
+    different = len(texts.texts)
     if options.balance == "yes" or (options.balance == "auto" and options.data is None):
         texts = data.balance(texts, options.split_seed)
     if options.limit is not None:
@@ -295,11 +314,19 @@ def _parts(options: FinetuneOptions, texts: TextData) -> tuple[TextData, TextDat
         rows = order[: options.limit]
         kept = tuple(texts.texts[i] for i in rows)
         texts = TextData(kept, texts.labels[rows], texts.classes)
+    if (left := len(texts.texts)) < FEWEST:
+        raise DataError(
+            f"got {rows:,} rows with {different:,} different texts"
+            + (f", {left:,} of them in classes of one size (balance)" if left < different else "")
+            + f", wanted at least {FEWEST}: 70 % for training, 10 % for validation, 20 % for the "
+            "test; add rows"
+        )
     parts = data.split(texts, seed=options.split_seed)
     counts = np.bincount(parts[0].labels, minlength=len(texts.classes))
+    more = "" if options.limit is None else "choose a larger limit, "
     raise_all(
         DataError,
-        "the training part lacks a class; add texts of it, or remove it",
+        f"the training part lacks a class; {more}add texts of it, or remove it",
         [f"{name}: no text" for name, n in zip(texts.classes, counts, strict=True) if n == 0],
     )
     return parts

@@ -9,15 +9,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from .. import paths
 from ..adapter import Adapters
-from ..errors import DataError, OutputError
+from ..errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    OutputError,
+    TrainingError,
+    raise_all,
+)
 from ..files import output_directory
-from ..merging import merge
+from ..merging import merge, overflow
 from ..models import save_model
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
+from ..shown import shortened
 from .classifier import Classifier, load_classifier, read_record
 from .data import batches
+from .limits import step_problems
 
 Note = Callable[[str], None]
 
@@ -52,21 +62,36 @@ def predict(
         note: called with a line at every step of a download.
 
     Raises:
-        LoraError: there are no texts, or adapter and model cannot be read or do not fit.
+        LoraError: there are no texts, adapter and model cannot be read or do not fit, or a
+            probability is not finite.
     """
     if not texts:
         raise DataError("no text to classify; give some, or a table that has some")
     size = min(batch_size, len(texts))
+    record = read_record(directory)
+    raise_all(ConfigError, "these options are out of range", step_problems(size, record.max_length))
     classifier, adapters = _load(directory, model, size, cache, note)
     apply = jax.jit(lora(classifier.apply))
     found = []
     for batch in batches(classifier.encode(texts), None, size):
         logits = apply(classifier.params, adapters, *batch.inputs)
         found.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
+    rows = np.concatenate(found)[: len(texts)]
+    _refuse_not_finite(texts, rows)
     return [
-        _prediction(text, classifier.classes, row)
-        for text, row in zip(texts, np.concatenate(found), strict=False)
+        _prediction(text, classifier.classes, row) for text, row in zip(texts, rows, strict=True)
     ]
+
+
+def _refuse_not_finite(texts: Sequence[str], rows: np.ndarray) -> None:
+    """Raise rather than return what is no probability; weights and ids are known to be good."""
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=-1))
+    raise_all(
+        TrainingError,
+        f"{len(bad):,} of {len(rows):,} texts have no finite probabilities: the values overflow "
+        "in the adapted model; is lora_alpha too large, or was the training stopped by NaN?",
+        [shortened(texts[int(i)], 60) for i in bad],
+    )
 
 
 def merge_to(
@@ -97,7 +122,12 @@ def merge_to(
     if out.resolve() == classifier.directory.resolve():
         raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
     merged = merge(classifier.params, adapters)
-    return save_model(out, merged, classifier.directory, classes=classifier.classes, overwrite=True)
+    before, after = paths.flatten(classifier.params), paths.flatten(merged)
+    broken = [line for path in after for line in overflow(path, before[path], after[path])]
+    raise_all(AdapterError, "the merged weights are not finite, where the model's are", broken)
+    return save_model(
+        out, merged, classifier.directory, classes=classifier.classes, overwrite=True, note=note
+    )
 
 
 def _load(

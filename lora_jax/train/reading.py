@@ -6,17 +6,24 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import pointers
 from ..errors import DataError, raise_all
+from ..intake import MIB, open_regular, parse_json, reason
+from ..shown import SHOWN, shortened
 from .data import TextData
 
-_SHOWN = 20
+LONGEST_LINE = 16 * MIB
+"""Bytes of a line: more of them are no table's."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -35,16 +42,16 @@ def read_table(
         DataError: the file cannot be read as such a table, a label is empty, or there are
             fewer than two classes.
     """
-    rows = _read_rows(path, (text_column, label_column))
-    labels = [_label(row.values[label_column]) for row in rows]
-    problems = [
-        f"line {row.line}: got {row.values[label_column]!r} as {label_column}, wanted a name or a "
-        "whole number"
-        for row, label in zip(rows, labels, strict=True)
-        if not label
-    ]
-    _raise(path, problems, "give each row a label or remove it")
-    return _labelled(path, [row.values[text_column] for row in rows], labels)
+    texts, labels, problems = [], _Labels(), _Problems()
+    for line, (text, *_, value) in _read_rows(path, (text_column, label_column)):
+        label = _label(value)
+        if not label or _SURROGATE.search(label):
+            wanted = "wanted a name of Unicode text or a whole number"
+            problems.add(f"line {line}: got {value!r} as {label_column}, {wanted}")
+        texts.append(text)
+        labels.add(label)
+    problems.raise_all(path, "give each row a label or remove it")
+    return _labelled(path, texts, labels)
 
 
 def read_texts(path: str | Path, text_column: str = "text") -> tuple[str, ...]:
@@ -53,7 +60,7 @@ def read_texts(path: str | Path, text_column: str = "text") -> tuple[str, ...]:
     Raises:
         DataError: the file cannot be read as such a table.
     """
-    return tuple(row.values[text_column] for row in _read_rows(path, (text_column,)))
+    return tuple(text for _, (text, *_) in _read_rows(path, (text_column,)))
 
 
 def read_sms(path: str | Path) -> TextData:
@@ -64,20 +71,46 @@ def read_sms(path: str | Path) -> TextData:
     Raises:
         DataError: the file cannot be read, or a line is not of this form; all are listed.
     """
-    lines = [(i, line) for i, line in _lines(_read_text(path)) if line]
-    parts = [line.partition("\t") for _, line in lines]
-    problems = [
-        f"line {i}: got {line[:60]!r}, wanted a label, a tab and a text"
-        for (i, line), (label, _, text) in zip(lines, parts, strict=True)
-        if not (label.strip() and text)
-    ]
-    _raise(path, problems, "correct or remove these lines")
-    return _labelled(path, [text for _, _, text in parts], [label.strip() for label, _, _ in parts])
+    texts, labels, problems = [], _Labels(), _Problems()
+    with _opened(path) as lines:
+        for i, line in enumerate(map(_bare, lines), start=1):
+            label, _, text = line.partition("\t")
+            if line and not (label.strip() and text):
+                problems.add(f"line {i}: got {line[:60]!r}, wanted a label, a tab and a text")
+            elif line:
+                texts.append(text)
+                labels.add(label.strip())
+    problems.raise_all(path, "correct or remove these lines")
+    return _labelled(path, texts, labels)
 
 
-class _Row(NamedTuple):
-    line: int
-    values: Mapping[str, Any]
+class _Problems:
+    """The first of what is wrong with the rows of a table, and how many more there are."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.more = 0
+
+    def add(self, problem: str) -> None:
+        if len(self.first) < SHOWN:
+            self.first.append(problem)
+        else:
+            self.more += 1
+
+    def raise_all(self, path: str | Path, remedy: str) -> None:
+        heading = f"{path} cannot be used; {remedy}"
+        raise_all(DataError, heading, self.first, more=self.more)
+
+
+class _Labels:
+    """The labels of rows, each name kept once."""
+
+    def __init__(self) -> None:
+        self.index: dict[str, int] = {}
+        self.rows = array("i")
+
+    def add(self, label: str) -> None:
+        self.rows.append(self.index.setdefault(label, len(self.index)))
 
 
 def _label(value: Any) -> str:
@@ -86,119 +119,151 @@ def _label(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _labelled(path: str | Path, texts: Sequence[str], labels: Sequence[str]) -> TextData:
-    classes = tuple(sorted(set(labels)))
+def _labelled(path: str | Path, texts: Sequence[str], labels: _Labels) -> TextData:
+    classes = tuple(sorted(labels.index))
     if not texts:
         raise DataError(f"{path}: got no rows, wanted at least two with a label and a text each")
     if len(classes) < 2:
         raise DataError(
-            f"{path}: got the one class {labels[0]!r} in all {len(labels)} rows, wanted at least "
-            "two; add rows of another class or name another label column"
+            f"{path}: got the one class {next(iter(classes))!r} in all {len(texts)} rows, wanted "
+            "at least two; add rows of another class or name another label column"
         )
-    index = {name: i for i, name in enumerate(classes)}
-    return TextData(tuple(texts), np.array([index[name] for name in labels], np.int32), classes)
+    place = np.empty(len(classes), np.int32)
+    place[[labels.index[name] for name in classes]] = np.arange(len(classes))
+    return TextData(tuple(texts), place[np.array(labels.rows, np.intp)], classes)
 
 
-def _read_rows(path: str | Path, columns: tuple[str, ...]) -> list[_Row]:
+# A row of a table: the number of its line, and its values of the columns asked for.
+_Row = tuple[int, tuple[Any, ...]]
+
+
+def _read_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[_Row]:
+    """Yield the rows, one at a time in memory; raise at the end what is wrong with any."""
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
         raise DataError(
             f"{path}: got the suffix {suffix!r}, wanted one of {', '.join(_READERS)}; "
             "save the table in one of these formats"
         )
-    rows = _READERS[suffix](path, _read_text(path), columns)
-    if not rows:
+    empty, problems = True, _Problems()
+    with _opened(path) as lines:
+        for line, values in _READERS[suffix](path, lines, columns):
+            empty, text = False, values[0]
+            if not isinstance(text, str) or _SURROGATE.search(text):
+                problems.add(f"line {line}: got {text!r} as {columns[0]}, wanted Unicode text")
+            yield line, values
+    if empty:
         raise DataError(f"{path}: got no rows below the header, wanted at least one; add rows")
-    problems = [
-        f"line {line}: got {values[columns[0]]!r} as {columns[0]}, wanted Unicode text"
-        for line, values in rows
-        if not isinstance(values[columns[0]], str) or _SURROGATE.search(values[columns[0]])
-    ]
-    _raise(path, problems, "correct or remove these rows")
-    return rows
+    problems.raise_all(path, "correct or remove these rows")
 
 
 def _read_delimited(
-    path: str | Path, text: str, columns: tuple[str, ...], delimiter: str
-) -> list[_Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, problems, line = [], [], 1
+    path: str | Path, lines: Iterator[str], columns: tuple[str, ...], delimiter: str
+) -> Iterator[_Row]:
+    # A line may end in the middle of what was read, as in files of old Macs.
+    pieces = (
+        piece
+        for line in lines
+        for piece in ([line] if "\r" not in line else io.StringIO(line, newline=""))
+    )
+    reader = csv.reader(pieces, delimiter=delimiter, strict=True)
+    problems, line = _Problems(), 1
     header: list[str] = []
+    places: list[int] = []
     try:
         for record in reader:
             if record and not header:
                 header = record
                 _check_columns(path, header, columns)
+                places = [header.index(name) for name in columns]
             elif record and len(record) != len(header):
-                problems.append(f"line {line}: got {len(record)} fields, wanted {len(header)}")
+                problems.add(f"line {line}: got {len(record)} fields, wanted {len(header)}")
             elif record:
-                rows.append(_Row(line, dict(zip(header, record, strict=True))))
+                yield line, tuple(record[place] for place in places)
             line = reader.line_num + 1
     except csv.Error as error:
-        problems.append(f"line {line}: {error}")
-    _raise(path, problems, "put fields that hold the separator or a newline in double quotes")
-    return rows
+        if "field limit" in str(error):
+            raise DataError(
+                f"{path}: line {line}: got a field of more than {csv.field_size_limit():,} "
+                "characters; shorten it, save the table as .jsonl, or close the quotes if that is "
+                "where they are open"
+            ) from error
+        problems.add(f"line {line}: {error}")
+    problems.raise_all(path, "put fields that hold the separator or a newline in double quotes")
 
 
-def _read_jsonl(path: str | Path, text: str, columns: tuple[str, ...]) -> list[_Row]:
-    rows, problems = [], []
-    for i, line in _lines(text):
+def _read_jsonl(path: str | Path, lines: Iterator[str], columns: tuple[str, ...]) -> Iterator[_Row]:
+    problems = _Problems()
+    for i, line in enumerate(map(_bare, lines), start=1):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
-            problems.append(f"line {i}: got {line[:60]!r}, wanted a JSON object ({error})")
+            problems.add(f"line {i}: got {line[:60]!r}, wanted a JSON object ({error})")
             continue
         if not isinstance(values, dict):
-            problems.append(f"line {i}: got a JSON {type(values).__name__}, wanted an object")
+            problems.add(f"line {i}: got a JSON {type(values).__name__}, wanted an object")
         elif missing := [name for name in columns if name not in values]:
-            problems.append(f"line {i}: got the keys {list(values)}, wanted {', '.join(missing)}")
+            problems.add(f"line {i}: got the keys {list(values)}, wanted {', '.join(missing)}")
         else:
-            rows.append(_Row(i, values))
-    _raise(path, problems, "correct these lines, or name the keys with text_column, label_column")
-    return rows
+            yield i, tuple(values[name] for name in columns)
+    remedy = "correct these lines, or name the keys with text_column, label_column"
+    problems.raise_all(path, remedy)
 
 
-_READERS: Mapping[str, Callable[[str | Path, str, tuple[str, ...]], list[_Row]]] = {
-    ".csv": lambda path, text, columns: _read_delimited(path, text, columns, ","),
-    ".tsv": lambda path, text, columns: _read_delimited(path, text, columns, "\t"),
+_READERS: Mapping[str, Callable[[str | Path, Iterator[str], tuple[str, ...]], Iterator[_Row]]] = {
+    ".csv": partial(_read_delimited, delimiter=","),
+    ".tsv": partial(_read_delimited, delimiter="\t"),
     ".jsonl": _read_jsonl,
 }
 
 
 def _check_columns(path: str | Path, header: Sequence[str], columns: Sequence[str]) -> None:
-    problems = [
-        f"column {name!r}: got {header.count(name)} of it, wanted one"
-        for name in columns
-        if header.count(name) != 1
-    ]
-    _raise(path, problems, f"name the columns of the file; its first line holds {list(header)}")
+    problems = _Problems()
+    for name in columns:
+        if header.count(name) != 1:
+            problems.add(f"column {name!r}: got {header.count(name)} of it, wanted one")
+    held = shortened(str(list(header)), 400)
+    problems.raise_all(path, f"name the columns of the file; its first line holds {held}")
 
 
-def _read_text(path: str | Path) -> str:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Iterator[str]]:
+    """Give the lines of a file, each with what ends it."""
     pointers.refuse(Path(path), DataError)
     try:
-        data = Path(path).read_bytes()
+        with open_regular(path) as stream:
+            yield _lines(path, stream)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    if not data.strip():
-        raise DataError(f"{path}: got an empty file, wanted rows of text")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}: line {line}: got the byte 0x{data[error.start]:02x} at offset "
-            f"{error.start}, wanted UTF-8; save the file as UTF-8"
-        ) from error
+        raise DataError(f"cannot read {path}: {reason(error)}; check the path") from error
 
 
-def _lines(text: str) -> list[tuple[int, str]]:
+def _lines(path: str | Path, stream: io.BufferedReader) -> Iterator[str]:
     # not splitlines, which would also break texts at U+2028 and other rare separators
-    return [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1)]
+    line, offset, blank, encoding = 0, 0, True, "utf-8-sig"
+    while content := stream.readline(LONGEST_LINE + 1):
+        line += 1
+        if len(content) > LONGEST_LINE:
+            raise DataError(
+                f"{path}: line {line}: got more than {LONGEST_LINE:,} bytes, wanted a row of a "
+                "table; shorten it"
+            )
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError as error:
+            # Of the first line's bytes, the mark before them is left out.
+            start = error.start + len(content) - len(error.object)
+            raise DataError(
+                f"{path}: line {line}: got the byte 0x{content[start]:02x} at offset "
+                f"{offset + start}, wanted UTF-8; save the file as UTF-8"
+            ) from error
+        blank = blank and not content.strip()
+        offset, encoding = offset + len(content), "utf-8"
+        yield text
+    if blank:
+        raise DataError(f"{path}: got an empty file, wanted rows of text")
 
 
-def _raise(path: str | Path, problems: Sequence[str], remedy: str) -> None:
-    more = [f"… and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    raise_all(DataError, f"{path} cannot be used; {remedy}", [*problems[:_SHOWN], *more])
+def _bare(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
