@@ -25,7 +25,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("lora_jax", "lora_torch_ref", "benchmarks", "parity_tests", "docs", "examples")
-OPTIONS = ("-q", "-x", "-n", "0", "-m", "not slow", "--no-header", "-p", "no:cacheprovider")
+# Without the import hook that checks types, which takes seconds: values must tell.
+OPTIONS = (
+    "-o",
+    "addopts=",
+    "-q",
+    "-x",
+    "-n",
+    "0",
+    "-m",
+    "not slow",
+    "--no-header",
+    "-p",
+    "no:cacheprovider",
+)
 # The server has imported pytest's plugins before pytest could rewrite their assertions.
 OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 SECONDS = 300
@@ -86,6 +99,11 @@ class Planted:
         if self.old == self.new:
             return "changes nothing"
         return "" if count == 1 else f"{self.file} holds {self.old!r} {count} times"
+
+
+def rows(area: str, *given: tuple[str, str, str, str, str]) -> tuple[Planted, ...]:
+    """Return the bugs of one area, each ``(name, file, old, new, test)``."""
+    return tuple(Planted(name, area, *rest) for name, *rest in given)
 
 
 @dataclass(frozen=True)
@@ -220,9 +238,8 @@ def _run(bug: Planted, copy: Path) -> int:
     sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
     os.environ["PYTHONPATH"] = str(copy)
     importlib.invalidate_caches()
-    path, _, rest = f"parity_tests/{bug.test}".partition(" -k ")
-    chosen = ["-k", rest] if rest else []
-    return int(pytest.main([*OPTIONS, "--rootdir", str(copy), path, *chosen]))
+    tests = [f"parity_tests/{test}" for test in bug.test.split()]
+    return int(pytest.main([*OPTIONS, "--rootdir", str(copy), *tests]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from parity_tests.subjects import B, D, E, F, H, K, Subject, T, V
 
 C, N, G = 6, 10, 2  # channels, out channels, groups
 IDS = np.random.default_rng(3).integers(0, V, (B, T), np.int32)
+CHOICES = IDS[:, :2] % E  # two experts for each example
 ROWS = np.array([4, 0, 7], np.int32)  # rows of each group of a ragged product
 
 
@@ -53,6 +55,29 @@ def head_before_embedding(p, x):
 
 def experts_by_index(p, x):
     return jnp.einsum("bd,bdf->bf", x, p["w"][IDS[:, 0] % E])
+
+
+def one_at_a_time(p, ids):
+    """Rows looked up as Equinox's models do: a scalar index, under ``vmap``."""
+    return jax.vmap(jax.vmap(eqx.nn.Embedding(weight=p["w"])))(ids)
+
+
+def windows(p, x):
+    """Position embeddings that begin elsewhere in each example, some beyond the end."""
+    starts = jnp.asarray(np.arange(B) * 4)
+    taken = jax.vmap(lambda start: lax.dynamic_slice_in_dim(p["w"], start, T))(starts)
+    return jnp.tanh(taken) * x
+
+
+def experts_by_choices(p, x):
+    """Each example has two experts, whose results are weighted and summed."""
+    h = jnp.einsum("bd,bkdf->bkf", x, p["w"][CHOICES])
+    return jnp.einsum("bkf,bkfd,bk->bd", jnp.tanh(h), p["v"][CHOICES], jax.nn.softmax(x[:, :2]))
+
+
+def experts_one_at_a_time(p, x):
+    """One expert for each example, under ``vmap``, of the second of the stacked layers."""
+    return jax.vmap(lambda which, x: jnp.tanh(x @ p["w"][1, which]))(jnp.asarray(CHOICES[:, 0]), x)
 
 
 def ragged(p, x):
@@ -118,6 +143,28 @@ ALL = [
         lambda p, x: (jax.nn.one_hot(IDS, V, dtype=x.dtype) @ p["w"]) * x,
         {"w": (V, D)},
         {"w": "io"},
+    ),
+    Subject(
+        "embedding_one_at_a_time",
+        lambda p, x: jnp.tanh(one_at_a_time(p, jnp.asarray(IDS)) * x) @ p["w"].T,
+        {"w": (V, D)},
+        {"w": "io"},
+        sites=2,
+    ),
+    Subject("embedding_windows", windows, {"w": (V, D)}, {"w": "io"}),
+    Subject(
+        "experts_by_choices",
+        experts_by_choices,
+        {"w": (E, D, F), "v": (E, F, D)},
+        {"w": "sio", "v": "sio"},
+        x=(B, D),
+    ),
+    Subject(
+        "experts_one_at_a_time",
+        experts_one_at_a_time,
+        {"w": (3, E, D, F)},
+        {"w": "ssio"},
+        x=(B, D),
     ),
     Subject("experts_by_index", experts_by_index, {"w": (E, D, F)}, {"w": "sio"}, x=(B, D)),
     Subject("ragged_dot", ragged, {"w": (len(ROWS), D, F)}, {"w": "sio"}, x=(B, D), vmaps=False),

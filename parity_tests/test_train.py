@@ -244,6 +244,7 @@ def counting(fail_at=None, during=None):
         elif number == fail_at:
             return state, Metrics(np.float32(np.nan), 0.0, 4.0, False)
         value = state.adapters["w"].value + 1
+        state.adapters["w"].value.delete()  # as a compiled step does, whose state is donated
         new = State({"w": Full(value)}, None, state.step + 1)
         return new, Metrics(
             1 / number, float(batch.weights.sum()), float(batch.weights.sum()), True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ def convert_files(options: ConvertOptions) -> str:
         AdapterError: the source cannot be read, or lists everything that cannot be converted.
         OutputError: ``out`` cannot be written.
     """
+    if options.lora_alpha is not None and not math.isfinite(options.lora_alpha):
+        raise AdapterError(f"lora_alpha: got {options.lora_alpha}, wanted a finite number")
     source = read_source(options.source)
     modules = None if options.modules is None else _modules(options.modules)
     family = None if modules is None else families.find(source.modules, modules)

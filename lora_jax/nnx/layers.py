@@ -19,6 +19,7 @@ from jaxtyping import Array, Inexact, Key, Num
 
 from .. import frozen, layers, paths
 from ..adapter import Adapter
+from ..buffers import apart
 from ..errors import AdapterError, ConfigError
 from ..initializers import draw, fold_in_path
 from .params import LoRAParam
@@ -224,7 +225,7 @@ def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     }
     if not adapters:
         raise AdapterError("this model has no LoRA layer")
-    return adapters
+    return apart(adapters, adapters)
 
 
 def _layout(layer: _LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

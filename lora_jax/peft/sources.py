@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import safetensors
 from .. import pointers
 from ..errors import AdapterError
 from ..intake import problem_of, read_bytes, reason, require_regular
+from ..journal import settle
 from . import families, mlx, shards, spelling
 from .config_json import MLX_FIELD, AdapterFile, parse
 from .download import CONFIG_NAME
@@ -49,13 +51,14 @@ def read_source(path: Path) -> Source:
     Raises:
         AdapterError: a file is missing, broken or a pickle, or several tensors mean the same.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         tensors, metadata = _read(path)
         return Source(_plain(tensors, path), metadata)
+    settle(path, AdapterError)
     config = path / CONFIG_NAME
     if (fields := _mlx_fields(config)) is not None:
         return Source(_read(path / mlx.WEIGHTS_NAME)[0], fields=fields)
-    file = load_adapter_file(path) if config.exists() else None
+    file = load_adapter_file(path) if problem_of(config) != "missing" else None
     return Source(_plain(shards.read(path), path), file=file)
 
 

@@ -1,14 +1,19 @@
 """The rewriter: trace a function, plan its adapters, run its jaxpr with them.
 
-One rule for each primitive: ``structure``, ``complexes``, ``products``, ``calls``, ``derivatives``.
+One rule for each primitive, in the modules that are imported first.
 """
 
-from . import (  # noqa: F401  (importing registers the rules)
+# Importing registers the rules.
+from . import (  # noqa: F401
     calls,
     complexes,
     derivatives,
+    lookups,
+    places,
     products,
+    repeats,
     structure,
+    sums,
 )
 from .frugality import Frugality, frugality
 from .leaf import LeafPlan

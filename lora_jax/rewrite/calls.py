@@ -10,7 +10,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from . import passing
+from . import meshes, passing
 from . import weight as weights
 from .interpret import Call
 from .passing import scan_counts
@@ -124,7 +124,10 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
         for value, spec in zip(operands, call.params["in_specs"], strict=True)
     ]
     # Inside, base, A and B have other shapes than the LoraWeight outside.
-    parts = [weights.parts(v) if isinstance(v, LoraWeight) else v for v in operands]
+    parts = [
+        _placed(value, spec, call.params["mesh"]) if isinstance(value, LoraWeight) else value
+        for value, spec in zip(operands, specs, strict=True)
+    ]
     passed = _Passed(passing.of_shard_map(call.eqn), operands)
 
     def body(*parts: Any) -> tuple[Any, ...]:
@@ -144,6 +147,13 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
         check_vma=call.params["check_vma"],
     )
     return passed.whole(mapped(*parts))
+
+
+def _placed(weight: LoraWeight, specs: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
+    """Return the arrays of a weight, A and B sharded as the shards' function takes them."""
+    base, *rest = weights.parts(weight)
+    named = zip(rest, specs[1:], strict=True)
+    return base, *(None if x is None else meshes.placed(x, spec, mesh) for x, spec in named)
 
 
 @dataclass(frozen=True)

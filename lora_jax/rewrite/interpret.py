@@ -19,7 +19,7 @@ from ..adapter import Adapter
 from ..arranging import Size
 from ..errors import PlanError, raise_all
 from ..initializers import fold_in_path
-from . import siblings
+from . import meshes, siblings
 from .registry import RULES, Unsupported
 from .runs import evaluate
 from .trace import canonical
@@ -68,7 +68,9 @@ class Record:
         rejected: where it is used in a way that has no rule, and why.
         together: the parameters that cannot both be adapted, and why.
         formed: the paths whose ``W + s·A·B`` was formed.
+        met: the primitives that weights met while planning, by path.
         left_out: the weights that ``"all-linear"`` cannot adapt, and why; see ``left_out``.
+        alone: tells of a variable whether it is made of parameters and constants alone.
         dropout_key: the random key of this interpretation, None for no dropout.
         active: where masked adapters act, see ``alora.silenced``; None while planning.
         times: how often the loops around it run it.
@@ -82,7 +84,9 @@ class Record:
     rejected: dict[str, dict[Place, str]] = field(default_factory=dict)
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
+    met: dict[str, set[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    alone: Callable[[Any], bool] = lambda atom: False
     dropout_key: Any = None
     active: Any = None
     times: int = 1
@@ -315,22 +319,53 @@ def base_of(value: Any) -> Any:
 
 def _apply(call: Call, operands: list[Any]) -> list[Any]:
     name = call.eqn.primitive.name
+    for weight in filter(_is_weight, operands):
+        if weight.planning:
+            for path in weight.paths:
+                call.record.met.setdefault(path, set()).add(name)
     try:
         if name not in RULES:
             raise Unsupported("there is no rule for it")
-        outs = RULES[name](call, *operands)
-    except Unsupported as why:
-        formed = [_formed(call.record, value) for value in operands]
-        if any(map(_is_weight, formed)) and any(map(_differ, formed, operands)):
-            return _apply(call, formed)
-        for weight in filter(_is_weight, formed):
+        with meshes.around(call.eqn):
+            outs = RULES[name](call, *operands)
+    except Exception as problem:
+        why = _reason(problem, operands)
+        whole = [formed(call.record, value) for value in operands]
+        if any(map(_is_weight, whole)) and any(map(_differ, whole, operands)):
+            return _apply(call, whole)
+        for weight in filter(_is_weight, whole):
             _reject(call, weight, why)
-        outs = call.plain(*map(base_of, formed))
-    return list(outs) if call.eqn.primitive.multiple_results else [outs]
+        outs = call.plain(*map(base_of, whole))
+    outs = list(outs) if call.eqn.primitive.multiple_results else [outs]
+    return [_typed(call, n, out) for n, out in enumerate(outs)]
 
 
-def _formed(record: Record, value: Any) -> Any:
-    """Return ``W + s·A·B`` where the plan lets it be formed."""
+def _reason(problem: Exception, operands: Sequence[Any]) -> Unsupported:
+    """Return why a rule cannot follow its weights; what is no rule's word is raised.
+
+    While planning every matrix is followed, and one that is not a target must break no plan.
+    """
+    if isinstance(problem, Unsupported):
+        return problem
+    if not any(_is_weight(value) and value.planning for value in operands):
+        raise problem
+    first = next(iter(str(problem).splitlines()), "")
+    return Unsupported(f"{type(problem).__name__}: {first}")
+
+
+def _typed(call: Call, n: int, out: Any) -> Any:
+    """Return an output sharded as the author's is, where types say how."""
+    wanted: Any = call.eqn.outvars[n].aval
+    if not meshes.is_explicit(getattr(wanted, "sharding", None)):
+        return out
+    with meshes.around(call.eqn):
+        if not _is_weight(out):
+            return meshes.as_typed(out, wanted)
+        return replace(out, base=meshes.as_typed(out.base, wanted))
+
+
+def formed(record: Record, value: Any) -> Any:
+    """Return ``W + s·A·B`` of a weight where the plan lets it be formed, anything else as it is."""
     if not _is_weight(value) or not all(leaf.materialize for leaf in value.leaves):
         return value
     if value.bias is not None:  # no weight holds it

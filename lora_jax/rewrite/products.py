@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
-
-from jax import lax
 
 from .. import changes, contractions, frozen, lowrank
 from ..adapter import IN, OUT, STACKED
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
-from .weight import LoraWeight, adapter_at, bias_at, gain_at, mirror
+from .weight import LoraWeight, adapter_at, bias_at, gain_at
 
 
 @rule("dot_general")
@@ -174,79 +171,3 @@ def ragged_dot_general(call: Call, x: Any, weight: Any, group_sizes: Any) -> Any
         call.params["precision"],
     )
     return lowrank.add(biased, addend).astype(y.dtype)
-
-
-@rule("gather")
-def gather(call: Call, weight: Any, indices: Any) -> Any:
-    """``W[ids] + s·A[ids]·B`` for the rows of a matrix; of a stack of matrices, those at ids."""
-    if not isinstance(weight, LoraWeight):
-        raise Unsupported("the weight's values are used as indices")
-    numbers = call.params["dimension_numbers"]
-    axis = _looked_up(weight, numbers, call.params["slice_sizes"])
-    if weight.base.ndim == 2:
-        return _rows(call, weight, indices, axis)
-    batch = indices.ndim - 1
-    if numbers.offset_dims != tuple(range(batch, batch + weight.base.ndim - 1)):
-        raise Unsupported("the looked-up axis does not come first in the result")
-    if not weight.planning and weight.letters[axis] != STACKED:
-        raise Unsupported("an axis is looked up that its adapter does not stack")
-
-    def act(array: Any, at: Any) -> Any:
-        return _lookup(call, array, indices, at[axis])
-
-    moved = mirror(weight, act)
-    kept = [labels for n, labels in enumerate(weight.origin) if n != axis]
-    return replace(moved, origin=(weight.origin[axis],) * batch + tuple(kept))
-
-
-def _rows(call: Call, weight: LoraWeight, indices: Any, axis: int) -> Any:
-    call.site(weight, [axis])
-    y = call.plain(weight.base, indices)
-    if weight.planning:
-        return y
-    call.refuse_masked(weight)
-    adapter = adapter_at(weight, [axis])
-    addend = contractions.take(adapter, axis, lambda factor, at: _lookup(call, factor, indices, at))
-    # The author's result has the kept axis where offset_dims say, the addend at the end.
-    place = call.params["dimension_numbers"].offset_dims[0]
-    order = [*range(addend.ndim - 1)]
-    order.insert(place, addend.ndim - 1)
-    y = lowrank.add(y, lax.transpose(addend, order))
-    if weight.gain is None:
-        return y
-    if adapter.axes[axis] == OUT:
-        raise Unsupported("DoRA scales the axis that is looked up")
-    return changes.gained(y, weight.gain, adapter.axes, {1 - axis: place})
-
-
-def _looked_up(weight: LoraWeight, numbers: Any, sizes: Any) -> int:
-    """Return the one axis that the indices count along."""
-    whole = [n for n, size in enumerate(weight.base.shape) if sizes[n] == size]
-    one = numbers.collapsed_slice_dims
-    if (
-        numbers.operand_batching_dims
-        or len(one) != 1
-        or numbers.start_index_map != one
-        or {*whole, *one} != set(range(weight.base.ndim))
-    ):
-        raise Unsupported("other parts than whole rows are looked up")
-    return one[0]
-
-
-def _lookup(call: Call, array: Any, indices: Any, at: int) -> Any:
-    """Look the same ids up along an axis of another array; they come first in the result."""
-    batch = indices.ndim - 1
-    return lax.gather(
-        array,
-        indices,
-        lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(batch, batch + array.ndim - 1)),
-            collapsed_slice_dims=(at,),
-            start_index_map=(at,),
-        ),
-        slice_sizes=tuple(1 if n == at else size for n, size in enumerate(array.shape)),
-        unique_indices=call.params["unique_indices"],
-        indices_are_sorted=call.params["indices_are_sorted"],
-        mode=call.params["mode"],
-        fill_value=call.params["fill_value"],
-    )

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import moves
+from ..adapter import is_number
+from . import meshes, moves
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
-from .weight import LoraWeight
+from .weight import PARTS, LoraWeight
 
 
 @rule("transpose")
@@ -25,14 +26,14 @@ def reshape(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
     """Split or merge whole axes, add or drop size-1 axes; ``squeeze`` is one of these."""
     if call.params.get("dimensions") is not None and call.eqn.primitive.name == "reshape":
         raise Unsupported("the reshape also permutes axes")
-    return moves.reshape(weight, call.out_shape)
+    return moves.reshape(weight, call.out_shape, _sharded(call, weight, *dynamic))
 
 
 @rule("broadcast_in_dim")
 def broadcast_in_dim(call: Call, weight: LoraWeight, *dynamic: Any) -> LoraWeight:
     """Add axes, of size 1 as ``w[None]`` does, or larger ones along which the weight repeats."""
     axes = tuple(map(int, call.params["broadcast_dimensions"]))  # vmap makes numpy's of them
-    return moves.broadcast(weight, call.params["shape"], axes)
+    return moves.broadcast(weight, call.params["shape"], axes, _sharded(call, weight, *dynamic))
 
 
 @rule("slice")
@@ -98,7 +99,7 @@ def unstack(call: Call, weight: LoraWeight) -> list[LoraWeight]:
 @rule("concatenate")
 def concatenate(call: Call, *parts: Any) -> LoraWeight:
     """Join weights, and arrays among them, into one."""
-    return moves.concatenate(parts, call.params["dimension"])
+    return moves.concatenate(parts, int(call.params["dimension"]))
 
 
 @rule("stack")
@@ -134,10 +135,25 @@ def optimization_barrier(call: Call, *operands: Any) -> list[Any]:
     return _on_bases(operands, call.plain(*map(base_of, operands)))
 
 
-@rule("sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast", "reduce_precision")
+@rule("reshard", "mesh_cast")
+def reshard(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Shard the base otherwise; A and B follow it to a mesh with other types of axes."""
+    mesh = call.params["dst_sharding"].mesh
+    names = () if weight.planning else (*PARTS[1:], *(["scale"] * (not is_number(weight.scale))))
+    moved = {name: meshes.in_mesh(getattr(weight, name), mesh) for name in names}
+    return replace(weight, base=call.plain(weight.base), **moved)
+
+
+@rule("sharding_constraint", "pvary", "pcast", "reduce_precision")
 def on_the_base(call: Call, weight: LoraWeight) -> LoraWeight:
     """Apply to the base what says where or how precisely it is kept."""
     return replace(weight, base=call.plain(weight.base))
+
+
+def _sharded(call: Call, weight: LoraWeight, *dynamic: Any) -> Any:
+    """Return the base where the author says how it is sharded then, None elsewhere."""
+    stated = call.params.get("sharding") is not None
+    return call.plain(weight.base, *dynamic) if stated else None
 
 
 def _expanded(part: Any, axis: int) -> Any:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
+from . import meshes
 from .registry import Unsupported
 
 Label = tuple[int, int]
@@ -150,6 +151,7 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
         tuple(base.shape),
         adapter.masked,
     )
+    adapter = meshes.entered(adapter)
     gain, bias = changes.gain(base, adapter), changes.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
     turned = jnp.issubdtype(a.dtype, jnp.complexfloating)
@@ -188,6 +190,8 @@ def use(
     for axis, labels in enumerate(weight.origin):
         letter = IN if axis in contracted else STACKED if axis in batch else OUT
         for label in labels:
+            if stacks and label in weight.looped:
+                continue  # several indices of it were taken, which may be kept or summed over
             if letters.setdefault(label, letter) != letter:
                 raise Unsupported(f"only a part of axis {label[1]} is summed over")
     if letters.get(STACK, STACKED) != STACKED:
@@ -340,6 +344,8 @@ def split(weight: LoraWeight) -> tuple[Any, ...]:
     Raises:
         Unsupported: that axis is not stacked in the adapter.
     """
+    if not weight.planning and weight.letters[0] == UNIT:  # the same weight in every step
+        return parts(with_letters(weight, STACKED + weight.letters[1:]))
     if not weight.planning and weight.letters[0] != STACKED:
         raise Unsupported("the scan runs over an axis that its adapter does not stack")
     return parts(weight)
