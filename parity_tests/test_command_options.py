@@ -257,7 +257,7 @@ def test_a_merge_that_fails_leaves_the_directory_that_was_there(tmp_path, capsys
     save_adapter(tmp_path / "adapter", 1)
     tensors = {f"{name}.weight": np.zeros((5, 6), "f4") for name in SIZES}
     model = stored(tmp_path / "model", tensors)
-    monkeypatch.setattr(merging, "write_atomic", full)
+    monkeypatch.setattr(merging, "copy_others", full)
     for there in (True, False):
         out = tmp_path / f"out{there}"
         if there:

@@ -41,6 +41,23 @@ def test_target_modules_match_as_in_peft(module, names):
     assert configs.matches(config.target_modules and names, module) == wanted
 
 
+def test_every_module_is_matched_by_every_pattern_as_in_peft():
+    """All pairs, as a drawn sample may miss the one that tells."""
+    for module in MODULES:
+        for names in [*PATTERNS, *([one] for one in PATTERNS)]:
+            wanted = LoraModel._check_target_module_exists(PeftConfig(target_modules=names), module)
+            # PEFT makes a set of a list.
+            found = configs.matches(names, module)
+            assert found == bool(wanted), (module, names)
+
+
+def test_the_first_layer_may_be_chosen():
+    for layers in (0, [0]):
+        config = LoraConfig(target_modules=["query"], layers_to_transform=layers)
+        found = [configs.in_chosen_layer(config, f"model.layers.{n}.query") for n in range(3)]
+        assert found == [True, False, False]
+
+
 LAYERS = st.sampled_from([0, 1, 2, 12])
 
 

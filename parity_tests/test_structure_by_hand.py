@@ -196,3 +196,22 @@ def test_every_turn_of_a_loop_draws_its_own_mask():
         # kept in 0, 1, 2 or 3 turns of three, twice as large each time; one mask gives 0 or 3
         counts = np.bincount(np.round(np.asarray(out[1]) / 2).astype(int), minlength=4)
         assert (counts > 0).all() and counts.sum() == size, (name, counts)
+
+
+def test_a_pair_for_each_layer_acts_there_whether_layers_are_kept_or_summed_over():
+    rng = np.random.default_rng(0)
+    weight, a, b, x = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 4, 3), (2, 4, 1), (2, 1, 3), (5, 2, 4))
+    )
+    pair = {"w": Adapter(a, b, 2.0, "sio")}
+
+    def apart(params, x):
+        return jnp.einsum("bsi,sio->bso", x, params["w"])
+
+    def together(params, x):
+        return jnp.einsum("bsi,sio->bo", x, params["w"])
+
+    for fn in (apart, together):
+        got, base = lora(fn)({"w": weight}, pair, x), fn({"w": weight + 2.0 * (a @ b)}, x)
+        np.testing.assert_allclose(got, base, rtol=1e-5, atol=1e-5)
