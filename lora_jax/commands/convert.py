@@ -86,7 +86,7 @@ def convert_files(options: ConvertOptions) -> str:
     rows = [(name, str(n), str(r), f"{alpha:g}") for (name, r, alpha), n in sorted(kinds.items())]
     return "\n".join(
         [
-            *([] if family is None else [f"note: {family.told(source.modules)}"]),
+            *([] if family is None else [f"note: {escaped(family.told(source.modules))}"]),
             table(("name", "modules", "r", "alpha"), rows),
             f"{len(new.ranks)} modules; the adapter is in {escaped(options.out)}",
         ]
