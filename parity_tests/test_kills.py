@@ -128,7 +128,7 @@ def merging(root):
 class Tiny(Wheel):
     """A wheel that is not downloaded."""
 
-    def download(self, names, directory):
+    def download(self, names, directory, say):
         (directory / "tiny.whl").write_bytes(b"wheel")
         for name in names:
             (directory / name).write_bytes(b"new")
