@@ -340,7 +340,9 @@ def test_training_that_breaks_down_saves_the_last_good_adapter(
     assert len(predict(out, TEXTS)) == 3
 
 
-def test_a_model_with_broken_weights_is_refused_before_the_first_step(model, table, tmp_path, capsys):
+def test_a_model_with_broken_weights_is_refused_before_the_first_step(
+    model, table, tmp_path, capsys
+):
     broken, out = shutil.copytree(model, tmp_path / "broken"), tmp_path / "out"
     tensors = load_file(broken / "model.safetensors")
     tensors["pooler.dense.bias"][:] = np.nan
