@@ -8,8 +8,6 @@ PEFT's logits here.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,8 +87,6 @@ def run_eva(model: Model, config: peft.LoraConfig) -> Any:
 
 
 def run_corda(model: Model, config: peft.LoraConfig) -> Any:
-    # PEFT's module takes `dataclass` from attrs, which PEFT does not depend on
-    sys.modules.setdefault("attr", dataclasses)
     from peft.tuners.lora.corda import preprocess_corda
 
     module, batch = model.make(), tensors(model)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,8 +63,6 @@ def ours(fields, batches=None, **options):
 
 
 def run_corda(torch_model, config, batches):
-    # PEFT's module takes `dataclass` from attrs, which PEFT does not depend on
-    sys.modules.setdefault("attr", dataclasses)
     from peft.tuners.lora.corda import preprocess_corda
 
     def run():

@@ -183,7 +183,6 @@ BROKEN = {
     "prefix": (dict(tensors=lambda t: t | {"up.x": t[UP]}), "wanted a name that begins"),
     "base weights": (put("embed.base_layer.weight"), "weight: base weights inside the file"),
     "twice": (put("up.lora_embedding_A"), "another kind"),
-    "more targets": (targets("embed", "up", "linear", "down"), "'down' has no"),
     "fewer targets": (targets("embed", "up"), "linear: has an adapter, but"),
     "DoRA": (dict(config={"use_dora": True}), "up.lora_magnitude_vector: missing"),
     "layers": (dict(config={"layers_to_transform": [7]}), "linear: has an adapter, but"),

@@ -172,7 +172,7 @@ BAD_OPTIONS = {
         ["learning_rate: got 0", "max_length: got -1", "limit: got 3", "seed: got -1"],
     ),
     "epochs": (["--epochs", "0", "--batch-size", "0"], ["epochs: got 0", "batch_size: got 0"]),
-    "long texts": (["--max-length", "40"], ["got 40 tokens in a row, wanted at most 20"]),
+    "long texts": (["--max-length", "40"], ["max_length: got 40, wanted 1 to 20"]),
     "no room": (["--max-length", "2"], ["max_length: got 2"]),
     "no such model": (["--model", "no-such-model"], ["no directory, no alias", "minilm"]),
 }

@@ -122,8 +122,8 @@ def reference(config, weights):
     found = {}
     for module in modules:
         a, b = (tensors[f"{PREFIX}{module}.lora_{half}.weight"] for half in "AB")
-        r = first(fields.get("rank_pattern", {}), module, fields.get("r", 8))
-        alpha = first(fields.get("alpha_pattern", {}), module, fields.get("lora_alpha", 8))
+        r = first(fields.get("rank_pattern") or {}, module, fields.get("r", 8))
+        alpha = first(fields.get("alpha_pattern") or {}, module, fields.get("lora_alpha", 8))
         need(a.shape[0] == r == b.shape[1], "the rank is not the configuration's")
         for half in (a, b):
             need(half.dtype != np.float64, "JAX has no such dtype")
