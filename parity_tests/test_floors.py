@@ -56,7 +56,7 @@ FLOORS = [
         "naming",
         "naming_tables",
     },
-    {"alora", "arranging", "calling", "frozen", "lowrank", "initializers", "entries"},
+    {"alora", "arranging", "calling", "frozen", "lowrank", "initializers", "entries", "placing"},
     {"factors", "rows", "adam", "losses", "changes"},
     {
         "merging",
