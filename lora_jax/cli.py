@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__, commands, outlet
+from . import __version__, commands, outlet, signals
 from .commands import parity
 from .config import ALL_LINEAR, LoraConfig
-from .console import Reporter, counted, summarise
+from .console import Reporter, Unbreakable, counted, silence, summarise, warn
 from .errors import LoraError
 from .models import plan_model
 from .parity.checks import run_check
@@ -29,7 +29,7 @@ DESCRIPTION = """LoRA fine-tuning in JAX, with PEFT's adapter files.
 Without options, `lora-jax finetune` trains all-MiniLM-L6-v2 on the SMS Spam Collection.
 `lora-jax SUBCOMMAND --help` lists what each takes, `lora-jax --version` says which this is."""
 
-BAD_INPUT, BROKEN_OFF, DIFFERENT, INTERRUPTED, PIPE_CLOSED = 2, 1, 1, 130, 141
+BAD_INPUT, BROKEN_OFF, DIFFERENT, PIPE_CLOSED = 2, 1, 1, 141
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0: done. 1: training broke down, the last good adapters are saved; or JAX and PyTorch differ.
-    2: bad usage or input, said in one message. 130: interrupted.
+    2: bad usage or input, said in one message. 130, 143 and 129: ended by Ctrl-C, SIGTERM or
+    SIGHUP. 141: nobody reads the output any more.
 
     Args:
         argv: the arguments; those of the process when not given.
@@ -120,20 +121,20 @@ def _run(argv: list[str]) -> int:
         if argv in (["--version"], ["-V"]):
             outlet.show(f"lora-jax {__version__}")
             return 0
-        with outlet.short_usage():
-            options = _parse(argv)
-        return _COMMANDS[type(options)](options)
+        with signals.ending():
+            with outlet.short_usage():
+                options = _parse(argv)
+            return _COMMANDS[type(options)](options)
     except SystemExit as stop:
         if isinstance(stop.code, str):
             return _fail(stop.code, BAD_INPUT)
         return stop.code if stop.code is not None else 0
     except LoraError as error:
         return _fail(str(error), BAD_INPUT)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(signals.interrupted(stop), signals.exit_code(stop))
     except BrokenPipeError:
-        # Whoever read the output has enough; the interpreter must not flush into it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)  # Whoever read the output has enough.
         return PIPE_CLOSED
     except outlet.UNFORESEEN as error:
         return _fail(outlet.unforeseen(error), BAD_INPUT)
@@ -170,7 +171,9 @@ def _parse(argv: list[str]) -> Any:
 def _finetune(options: FinetuneOptions) -> int:
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    # Training goes on where nobody reads what it says any more.
+    file = Unbreakable(sys.stdout, f"nobody reads the output; results go to {options.output}")
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)  # pyright: ignore
     data = "the SMS Spam Collection" if options.data is None else options.data
     where = map(escaped, (options.model, data, options.output))
     console.print("LoRA on {} with {}; results go to {}".format(*where))
@@ -182,10 +185,11 @@ def _finetune(options: FinetuneOptions) -> int:
     except NotFinite as error:
         return _fail(f"{error}\n{saved}", BROKEN_OFF)
     except Interrupted as stop:
-        return _fail(f"interrupted after step {stop.trained.steps}; {saved}", INTERRUPTED)
-    except KeyboardInterrupt:
+        said = f"{signals.interrupted(stop)} after step {stop.trained.steps}; {saved}"
+        return _fail(said, signals.exit_code(stop))
+    except KeyboardInterrupt as stop:
         known = saved if reporter.saved else "nothing was trained yet"
-        return _fail(f"interrupted; {known}", INTERRUPTED)
+        return _fail(f"{signals.interrupted(stop)}; {known}", signals.exit_code(stop))
     summarise(console, result, options)
     return 0
 
@@ -290,12 +294,12 @@ _COMMANDS: dict[type, Callable[[Any], int]] = {
 
 
 def _note(text: str) -> None:
-    print(outlet.message(text), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(outlet.message(text), file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int) -> int:
-    message = outlet.message(message)
-    print(f"lora-jax: {message}", file=sys.stderr)
+    warn(outlet.message(message))
     return code
 
 

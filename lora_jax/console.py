@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,64 @@ class Reporter:
         # Ten lines in a log, however long the training.
         elif event.step * 10 // event.total_steps > (event.step - 1) * 10 // event.total_steps:
             self.console.print(f"step {event.step}/{event.total_steps}  {shown}")
+
+
+class Unbreakable:
+    """A stream whose loss stops nobody: a pipe that was closed, a terminal that is gone.
+
+    Args:
+        stream: what is written to until that fails.
+        last: what is then said once, on standard error.
+    """
+
+    def __init__(self, stream: Any, last: str) -> None:
+        self.stream, self.last = stream, last
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        self._try(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or drop it."""
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        """Tell whether it is a terminal that is there."""
+        return self.stream is not None and self.stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, do: Callable[[Any], object]) -> None:
+        if self.stream is None:
+            return
+        try:
+            do(self.stream)
+        except OSError:
+            lost, self.stream = self.stream, None
+            silence(lost)
+            warn(self.last)
+
+
+def warn(line: str) -> None:
+    """Say something on standard error, if that is there."""
+    try:
+        sys.stderr.write(f"lora-jax: {line}\n")
+        sys.stderr.flush()
+    except (OSError, AttributeError):
+        silence(sys.stderr)
+
+
+def silence(stream: Any) -> None:
+    """Have what a lost stream still holds, and all that follows, go nowhere.
+
+    The interpreter flushes its streams when it ends, and would complain.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def summarise(console: Console, result: Result, options: FinetuneOptions) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -18,6 +19,14 @@ SEPARATOR = "."
 BIAS_NAMES = frozenset({"bias", "b"})
 _PART = re.compile(r"\[\d+:\d+\]$")
 _LEAF_NAMES = frozenset({"kernel", "weight", "w", "embedding", "scale"}) | BIAS_NAMES
+
+# An array in boxes of its own, as Penzai (``weights.value.data_array``) and haliax
+# (``weight.array``) have it; and a name that says its axes, such as ``weight_MxN`` or ``bias_N``.
+_BOXED = re.compile(r"(?:\.(?:value|raw_value|data_array|array))+$")
+_OF_BOXES = {"weights": "weight", "biases": "bias"}
+_SIZED = re.compile(
+    r"(kernel|weight|embedding|scale)_[A-Z]\w*x[A-Z]\w*|(bias|scale)_[A-Z][A-Za-z]*"
+)
 
 # PyTorch's nn.MultiheadAttention: query, key and value as one weight of its own, and a child.
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
@@ -75,8 +84,12 @@ def parameter_of(name: str) -> str:
 
 
 def leaf_name(path: str) -> str:
-    """Return the last key of a path."""
-    return path.rpartition(SEPARATOR)[2]
+    """Return the last key of a path, as frameworks call it.
+
+    >>> leaf_name("mlp.up.kernel"), leaf_name("up.bias_N"), leaf_name("up.weights.value.data_array")
+    ('kernel', 'bias', 'weight')
+    """
+    return _module_and_leaf(path)[1]
 
 
 def module_of(path: str) -> str:
@@ -84,14 +97,29 @@ def module_of(path: str) -> str:
 
     Haiku's "/" counts as a separator. A leaf without one of the usual weight names
     (``kernel``, ``weight``, ``w``, ``embedding``, …) is its own module; ``in_proj_weight``
-    belongs to PyTorch's attention, which has its own.
+    belongs to PyTorch's attention, which has its own. A name that says its axes, such as
+    ``weight_MxN``, is a usual one, and so is one in boxes of its own (``weight.array``).
 
     >>> module_of("encoder.layer.0.query.kernel"), module_of("mlp/~/linear_0.w"), module_of("wq")
     ('encoder.layer.0.query', 'mlp.~.linear_0', 'wq')
+    >>> module_of("attn.c_attn.weight_MxN"), module_of("query.weights.value.data_array")
+    ('attn.c_attn', 'query')
     """
+    return _module_and_leaf(path)[0]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _module_and_leaf(path: str) -> tuple[str, str]:
     path = path.replace("/", SEPARATOR)
-    parent, _, name = path.rpartition(SEPARATOR)
-    return parent if parent and name in _LEAF_NAMES | {IN_PROJ} else path
+    inner = _BOXED.sub("", path)
+    parent, _, name = inner.rpartition(SEPARATOR)
+    if inner != path:
+        name = _OF_BOXES.get(name, name)
+    if sized := _SIZED.fullmatch(name):
+        name = sized[1] or sized[2]
+    if parent and name in _LEAF_NAMES | {IN_PROJ}:
+        return parent, name
+    return path, path.rpartition(SEPARATOR)[2]
 
 
 def attentions(paths: Collection[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ axes that they stack.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def along(value: Any, first: int) -> Any:
     return reshard(value, NamedSharding(mesh, PartitionSpec(*spec[:first])))
 
 
-def placed(value: Any, spec: Sequence[Any], mesh: Any) -> Any:
+def placed(value: Any, spec: Iterable[Any], mesh: Any) -> Any:
     """Return an array, sharded along the explicit ones of these axes of a mesh."""
     if AxisType.Explicit not in mesh.axis_types:
         return value

@@ -18,7 +18,7 @@ from typing import NamedTuple
 SECONDS = 3.0
 
 # Two to this power steps take about a second: a repeat tries every length that a name has, and
-# an alternative or a "?" doubles the work.
+# an alternative or a "?" doubles the work. Most names have less than 64 characters.
 _MOST_WORK = 27
 _LENGTH, _CHOICE = 6, 1
 
@@ -75,20 +75,29 @@ def hanging(expressions: Iterable[Expression], names: Iterable[str]) -> list[str
     >>> hanging([Expression("q|v", ".*(q|v)", True)], ["layers.0.q"])
     []
     """
-    tried = tuple(one for one in dict.fromkeys(expressions) if is_suspicious(one.regex))
-    return list(_tried(tried, tuple(dict.fromkeys(names)))) if tried else []
+    names = tuple(dict.fromkeys(names))
+    longest = max(map(len, names), default=0)
+    tried = tuple(one for one in dict.fromkeys(expressions) if is_suspicious(one.regex, longest))
+    return list(_tried(tried, names)) if tried else []
 
 
-def is_suspicious(regex: str) -> bool:
+def is_suspicious(regex: str, longest: int = 0) -> bool:
     r"""Tell whether a repeat holds something of variable length, or many are in a row.
 
     It is a guess from the text, which errs on the side of suspicion.
+
+    Args:
+        regex: the expression.
+        longest: how many characters the longest name has: k repeats in a row try its kth power.
 
     >>> [is_suspicious(one) for one in (r"(a+)+$", r"(a|aa)*$", r"(.*a){9}", r".*.*.*.*.*x")]
     [True, True, True, True]
     >>> [is_suspicious(one) for one in (r".*\.(q|v)_proj", r"(.*\.)?layers\.(\d+)\..*", r"[+*]{2}")]
     [False, False, False]
+    >>> is_suspicious(".*.*.*.*!"), is_suspicious(".*.*.*.*!", longest=2000)
+    (False, True)
     """
+    length = max(_LENGTH, longest.bit_length())
     if _HIDDEN.search(regex):
         return True
     varies = [False]  # of every open group: whether what it matches varies
@@ -101,7 +110,7 @@ def is_suspicious(regex: str) -> bool:
             if closed and most > 1:
                 return True
             if fewest != most:
-                work += _LENGTH if most > 1 else _CHOICE
+                work += length if most > 1 else _CHOICE
                 varies[-1] = True
             continue
         closed = False

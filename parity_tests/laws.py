@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import LoraConfig, changes, lora, merge, paths, plan
+from lora_jax import LoraConfig, Plan, changes, lora, merge, paths, plan
 from lora_jax import config as configs
+from lora_jax.errors import AdapterError, ConfigError, PlanError
 from lora_jax.rewrite.frugality import compiled, sizes_of, weight_sized
 
 # How far two evaluations of one model may be apart, by what it computes in: outputs, gradients.
@@ -238,7 +240,68 @@ def planning(subject: Subject) -> None:
         assert bool(leaf.materialized) == subject.materialized
 
 
-ALL = [identity, merging, gradient, frugality, purity, transforms, planning]
+# What a configuration may add.
+KINDS = {
+    "plain": {},
+    "all-linear": dict(target_modules="all-linear"),
+    "formed": dict(on_unsupported="materialize"),
+    "DoRA": dict(use_dora=True),
+    "bias": dict(lora_bias=True),
+}
+
+
+def agreement(subject: Subject) -> None:
+    """What planning accepts the call does, and what planning refuses the call refuses."""
+    fn, params, args = subject.build(np.float32)
+    plain, *_ = planned(subject)
+    for kind, added in KINDS.items():
+        fields = dict(r=subject.r, lora_alpha=4, target_modules=list(subject.axes))
+        try:
+            config = LoraConfig(**fields | dict(subject.options) | added)
+        except ConfigError:  # one option that the other forbids
+            continue
+        try:
+            adapters = plan(fn, params, config, *args).abstract()
+        except PlanError:
+            if kind == "all-linear":  # which may have found nothing to adapt
+                continue
+            with pytest.raises((PlanError, AdapterError)):
+                trace_call(fn, params, _as_if(plain, config), args)
+        else:
+            trace_call(fn, params, adapters, args)
+
+
+def _as_if(found: Plan, config: LoraConfig) -> dict[str, Any]:
+    """Return adapters as a plan would make them that had not refused."""
+    kinds = dict(dora=config.use_dora, biased=config.lora_bias, columns=None)
+    rows = [dataclasses.replace(leaf, **kinds) for leaf in found.adapted]
+    return {
+        row.name: row.adapter(
+            jnp.zeros(row.a_shape),
+            jnp.zeros(row.b_shape),
+            magnitude=jnp.zeros(row.magnitude_shape) if row.dora else None,
+            bias=jnp.zeros(row.bias_shape) if row.biased else None,
+        )
+        for row in rows
+    }
+
+
+def trace_call(fn, params, adapters, args) -> None:
+    """Trace the call on shapes, and the call under ``jit`` with an argument that is static."""
+    of_arrays, arrays = on_arrays(lora(fn), params, adapters, *args)
+    jax.eval_shape(of_arrays, arrays)
+    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves((params, args))):
+        return
+
+    def moded(params, args, mode):
+        assert mode == "train"
+        return fn(params, *args)
+
+    jax.jit(lora(moded), static_argnums=3).trace(params, adapters, args, "train")
+    jax.jit(lora(moded), static_argnames="mode").trace(params, adapters, args, mode="train")
+
+
+ALL = [identity, merging, gradient, frugality, purity, transforms, planning, agreement]
 
 
 def _arrays(params) -> dict[str, Any]:

@@ -30,6 +30,8 @@ Written by `python -m parity_tests.laws_table`, from the tests' own tables.
 - purity: the parameters are bitwise unchanged.
 - transforms: `jit`, `checkpoint` and `vmap` over adapters change nothing.
 - planning: axes and sites are read off the function; nothing is skipped.
+- agreement: what planning accepts the call does, what it refuses the call refuses; with
+  `all-linear`, DoRA, biases and `on_unsupported`, and under `jit` with static arguments.
 
 `dW` marks subjects in which an author's own derivative forms the weight's gradient, `W + AB` those
 where the sum is formed because it was asked for.
@@ -40,7 +42,10 @@ def page() -> str:
     """Return the page as Markdown."""
     operations = [(s, laws.ALL) for s in test_laws.SUBJECTS]
     frameworks = [(s, laws.ALL) for s in test_frameworks.SUBJECTS]
-    models = [(s, [laws.identity, *test_third_party.LAWS, laws.planning]) for s in third_party.ALL]
+    models = [
+        (s, [laws.identity, *test_third_party.LAWS, laws.planning, laws.agreement])
+        for s in third_party.ALL
+    ]
     return "\n".join(
         [
             HEAD,

@@ -16,7 +16,7 @@ from flax import nnx
 from lora_jax import linen
 from lora_jax import nnx as lora_nnx
 from lora_jax.linen import LoRADense, LoRADenseGeneral
-from lora_jax.nnx import LoRALinear, LoRALinearGeneral, LoRAParam
+from lora_jax.nnx import BaseParam, LoRALinear, LoRALinearGeneral, LoRAParam
 
 Leaves = dict[str, jax.Array]
 
@@ -125,7 +125,7 @@ class NNX:
 
     def init(self, subject, low_rank):
         layer = self._make(self.layer, subject, **low_rank)
-        params, pair = nnx.state(layer, nnx.Param), nnx.state(layer, LoRAParam)
+        params, pair = nnx.state(layer, BaseParam), nnx.state(layer, LoRAParam)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(pair)
 
     def apply(self, subject, low_rank, params, lora, x, deterministic=None, key=None):

@@ -22,10 +22,24 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("lora_jax", "lora_torch_ref", "benchmarks", "parity_tests", "docs", "examples")
-OPTIONS = ("-q", "-x", "-n", "0", "-m", "not slow", "--no-header", "-p", "no:cacheprovider")
+# Without the import hook that checks types, which takes seconds: values must tell.
+OPTIONS = (
+    "-o",
+    "addopts=",
+    "-q",
+    "-x",
+    "-n",
+    "0",
+    "-m",
+    "not slow",
+    "--no-header",
+    "-p",
+    "no:cacheprovider",
+)
 # The server has imported pytest's plugins before pytest could rewrite their assertions.
 OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 SECONDS = 300
@@ -63,7 +77,7 @@ class Planted:
     Args:
         name: in a few words, what goes wrong.
         area: of the product.
-        file: below ``lora_jax``.
+        file: below ``lora_jax``; empty for the code as it is.
         old: what stands there, once.
         new: what stands there instead.
         test: of the default run, which must fail: ``test_x.py::test_y``.
@@ -82,10 +96,17 @@ class Planted:
     @property
     def problem(self) -> str:
         """Why it cannot be planted in the source as it is; empty where it can."""
+        if not self.file:
+            return ""
         count = (ROOT / "lora_jax" / self.file).read_text("utf-8").count(self.old)
         if self.old == self.new:
             return "changes nothing"
         return "" if count == 1 else f"{self.file} holds {self.old!r} {count} times"
+
+
+def rows(area: str, *given: tuple[str, str, str, str, str]) -> tuple[Planted, ...]:
+    """Return the bugs of one area, each ``(name, file, old, new, test)``."""
+    return tuple(Planted(name, area, *rest) for name, *rest in given)
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,7 @@ class Fate:
 
 # pytest's exit codes; all others are no verdict.
 SAID = {0: "survives", 1: "found"}
+BEFORE = 71
 
 
 def plant(bugs: Sequence[Planted]) -> list[Fate]:
@@ -169,16 +191,17 @@ def _copy() -> Iterator[Path]:
 
 def _fate(bug: Planted, copy: Path) -> Fate:
     began = time.perf_counter()
-    source = copy / "lora_jax" / bug.file
-    log = copy / "log"
+    source, log = ROOT / "lora_jax" / bug.file, copy / "log"
     if bug.problem:
         return Fate(bug.name, f"cannot be planted: {bug.problem}", 0.0)
-    text = (ROOT / "lora_jax" / bug.file).read_text("utf-8")
-    source.write_text(text.replace(bug.old, bug.new), "utf-8")
+    changed = copy / "lora_jax" / bug.file
+    if bug.file:
+        changed.write_text(source.read_text("utf-8").replace(bug.old, bug.new), "utf-8")
     try:
         code = _forked(bug, copy, log)
     finally:
-        shutil.copy2(ROOT / "lora_jax" / bug.file, source)
+        if bug.file:
+            shutil.copy2(source, changed)
     said = SAID.get(code, f"no verdict: pytest ended with {code}")
     seconds = round(time.perf_counter() - began, 1)
     return Fate(bug.name, said, seconds, log.read_text("utf-8", "replace")[-TOLD:])
@@ -220,9 +243,20 @@ def _run(bug: Planted, copy: Path) -> int:
     sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
     os.environ["PYTHONPATH"] = str(copy)
     importlib.invalidate_caches()
-    path, _, rest = f"parity_tests/{bug.test}".partition(" -k ")
-    chosen = ["-k", rest] if rest else []
-    return int(pytest.main([*OPTIONS, "--rootdir", str(copy), path, *chosen]))
+    tests = [f"parity_tests/{test}" for test in bug.test.split()]
+    seen = _Failures()
+    code = int(pytest.main([*OPTIONS, "--rootdir", str(copy), *tests], plugins=[seen]))
+    # What fails before a test runs, as an import does, is no verdict.
+    return BEFORE if code == 1 and not seen.count else code
+
+
+class _Failures:
+    """Counts the tests that fail, fixtures included."""
+
+    count = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.count += report.failed
 
 
 def main(argv: Sequence[str]) -> int:

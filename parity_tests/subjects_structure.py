@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from parity_tests.subjects import B, D, E, F, H, K, L, Subject
@@ -195,5 +196,26 @@ ALL = [
         {"a": "oi", "b": "io"},
         materialized=True,
         options=FORM,
+    ),
+    Subject(
+        "repeated_heads",
+        lambda p, x: jnp.einsum("btd,dhk->bthk", x, jnp.repeat(p["w"], 2, axis=1)),
+        {"w": (D, H, K)},
+        {"w": "ioo"},
+    ),
+    Subject(
+        "sum_of_two",
+        lambda p, x: jnp.tanh(x @ (p["a"] - 0.5 * p["b"])),
+        {"a": (D, F), "b": (D, F)},
+        {"a": "io", "b": "io"},
+    ),
+    Subject(
+        "sum_of_slices",
+        lambda p, x: jnp.tanh(x @ (p["w"][0] + p["w"][1])),
+        {"w": (E, D, F)},
+        {"w": "sio"},
+    ),
+    Subject(
+        "named", lambda p, x: jnp.tanh(x @ checkpoint_name(p["w"], "w")), {"w": (D, F)}, {"w": "io"}
     ),
 ]

@@ -166,6 +166,19 @@ def test_what_is_no_weight_is_not_warned_of():
         assert [leaf.path for leaf in plan(fn, ids, NAMED, X).adapted] == ["plain"]
 
 
+def test_what_a_weight_is_multiplied_with_is_none():
+    """Learned queries are parameters, and data of the projection that the inputs meet, too."""
+    params = {"q": drawn(2, D), "bias": drawn(2, D), "w": drawn(D, D)}
+    fn = lambda p, x: (p["q"] + p["bias"]) @ p["w"] @ (x @ p["w"]).T  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = plan(fn, params, NAMED, X)
+    assert [leaf.path for leaf in found.adapted] == ["w"]
+    adapters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape) / 4, found.abstract())
+    got, wanted = lora(fn)(params, adapters, X), fn(merge(params, adapters), X)
+    assert laws.relative(got, wanted) < 1e-5
+
+
 MODELS = [*test_frameworks.SUBJECTS, *third_party.ALL]
 
 

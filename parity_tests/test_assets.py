@@ -123,7 +123,7 @@ def pip(monkeypatch):
         wheel = WHEEL
         calls = 0
 
-        def download(self, requirement, directory):
+        def download(self, requirement, directory, say=None):
             self.calls += 1
             assert requirement == "tiny-asset==1.0"
             if isinstance(self.wheel, BaseException):
@@ -260,7 +260,7 @@ def test_two_fetches_at_once_both_succeed(pip, monkeypatch):
     gate = threading.Barrier(2, timeout=10)
     deliver = pip.download
 
-    def together(requirement, directory):
+    def together(requirement, directory, say):
         gate.wait()
         deliver(requirement, directory)
 

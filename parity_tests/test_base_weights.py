@@ -29,6 +29,7 @@ from lora_jax import (
 )
 from lora_jax.cli import main
 from lora_jax.errors import AdapterError
+from lora_jax.peft.carried import base_weights
 from lora_jax.torch import from_torch
 
 WEIGHTS = "adapter_model.safetensors"
@@ -320,3 +321,10 @@ def test_the_merge_command_says_that_a_vocabulary_was_resized(tmp_path, capsys):
 
 def test_own_configurations_do_not_change():
     assert LoraConfig(target_modules=["q"]).on_unmatched == "error"
+
+
+@pytest.mark.parametrize(("bias", "base"), [("none", True), ("all", False), ("lora_only", False)])
+def test_a_bias_of_the_head_is_the_bases_unless_biases_are_trained(bias, base):
+    adapters = {name: Full(jnp.ones(3)) for name in ("lm_head.weight", "lm_head.bias", "up.bias")}
+    found = base_weights(LoraConfig(bias=bias, target_modules=["up"]), adapters)
+    assert found.keys() == {"lm_head.weight", *(["lm_head.bias"] if base else [])}

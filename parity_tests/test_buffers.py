@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lora_jax
-from lora_jax import Adapter, Full, LoraConfig, Rows, plan, stack
+import lora_jax.nnx
+from lora_jax import Adapter, Full, LoraConfig, Rows, linen, plan, stack
 from lora_jax.inits import initialise, relative_to
 
 
@@ -90,6 +92,14 @@ FUNCTIONS = {
         lambda start, now: relative_to(related()[0], start, now)[1],
         lambda: (started(), started()),
     ),
+    "linen.adapters_of": (
+        lambda v: linen.adapters_of(linen.LoRADense(4, r=2), v, jnp.ones((1, 3))),
+        lambda: (linen.LoRADense(4, r=2).init(jax.random.key(0), jnp.ones((1, 3))),),
+    ),
+    "nnx.adapters_of": (
+        lambda state: lora_jax.nnx.adapters_of(nnx.merge(layer()[0], state)),
+        lambda: (layer()[1],),
+    ),
     "plan.init": (
         lambda p: plan(
             model,
@@ -100,6 +110,11 @@ FUNCTIONS = {
         lambda: (params(),),
     ),
 }
+
+
+def layer():
+    """Return an NNX layer's structure and its arrays."""
+    return nnx.split(lora_jax.nnx.LoRALinear(3, 4, r=2, rngs=nnx.Rngs(0)))
 
 
 def donate(tree):

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import cli, commands
 from lora_jax.cli import main
+from lora_jax.commands import merge as merging
+from lora_jax.errors import OutputError
 from lora_jax.models import planning
 from lora_jax.parity import suite
 from lora_jax.parity.checks import Check
@@ -109,15 +111,20 @@ def test_every_option_has_a_law():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    root = tmp_path_factory.mktemp("trained")
-    models = {}
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("model", "other")):
         (root / name).mkdir()
-        models[name] = tiny.save_model(root / name, seed=seed, layers=1)
-    table = write(root / "table.csv", ("id", "text", "label"), rows())
-    assert main(argv(models["model"], table, root / "out", {})) == 0
-    return SimpleNamespace(root=root, table=table, out=root / "out", **models)
+        tiny.save_model(root / name, seed=seed, layers=1)
+    return SimpleNamespace(root=root, model=root / "model", other=root / "other")
+
+
+@pytest.fixture(scope="module")
+def trained(models):
+    table = write(models.root / "table.csv", ("id", "text", "label"), rows())
+    out = models.root / "out"
+    assert main(argv(models.model, table, out, {})) == 0
+    return SimpleNamespace(**vars(models), table=table, out=out)
 
 
 def test_predict_gives_json_the_same_numbers_and_every_class(trained, capsys):
@@ -201,11 +208,94 @@ def test_the_cache_is_where_the_model_is_looked_for(trained, monkeypatch, tmp_pa
             assert seen.pop() == wanted, words
 
 
-def test_merge_has_no_option_without_effect(trained, capsys, tmp_path):
-    words = ["merge", trained.model, trained.out, tmp_path / "out"]
+def test_merge_has_no_option_without_effect(models, capsys, tmp_path):
+    words = ["merge", models.model, models.other, tmp_path / "out"]
     for more in (["--model", "minilm"], ["--cache", tmp_path]):
         said = run(capsys, *words, *more, code=2)
         assert more[0] in said.err and not (tmp_path / "out").exists()
+
+
+def stored(directory, tensors, **config):
+    """Write a model directory of these tensors."""
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_a_head_shares_the_embedding_unless_the_model_says_otherwise(tmp_path, capsys):
+    """Older configurations do not say it, and transformers takes them for tied."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((7, 4)).astype("f4")
+    (tmp_path / "adapter").mkdir()
+    name = f"{PREFIX}model.embed_tokens.lora_embedding_"
+    pair = {f"{name}A": rng.standard_normal((2, 7)), f"{name}B": rng.standard_normal((4, 2))}
+    pair = {key: value.astype("f4") for key, value in pair.items()}
+    save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    for says, code in (
+        ({}, 2),
+        ({"tie_word_embeddings": True}, 2),
+        ({"tie_word_embeddings": False}, 0),
+    ):
+        key = f"model{len(list(tmp_path.iterdir()))}"
+        tensors = {"model.embed_tokens.weight": weight}
+        model = stored(tmp_path / key, tensors, architectures=["LlamaForCausalLM"], **says)
+        out = tmp_path / f"{key}-merged"
+        told = run(capsys, "merge", model, tmp_path / "adapter", out, code=code)
+        assert ("tie_word_embeddings" in told.err) == bool(code) and out.exists() == (not code)
+    merged = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    change = 2.0 * (pair[f"{name}B"] @ pair[f"{name}A"]).T
+    np.testing.assert_allclose(merged, weight + change, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merge_that_fails_leaves_the_directory_that_was_there(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OutputError("No space left on device")
+
+    save_adapter(tmp_path / "adapter", 1)
+    tensors = {f"{name}.weight": np.zeros((5, 6), "f4") for name in SIZES}
+    model = stored(tmp_path / "model", tensors)
+    monkeypatch.setattr(merging, "copy_others", full)
+    for there in (True, False):
+        out = tmp_path / f"out{there}"
+        if there:
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+        words = ["merge", model, tmp_path / "adapter", out, "--overwrite"]
+        assert "No space left" in run(capsys, *words, code=2).err
+        assert out.exists() == there
+    assert [path.read_text() for path in (tmp_path / "outTrue").iterdir()] == ["mine"]
+
+
+def test_an_alora_is_not_merged(tmp_path, capsys):
+    save_adapter(tmp_path / "adapter", 1)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"alora_invocation_tokens": [3, 4]}
+    tensors = {f"{name}.weight": np.zeros((5, 6), "f4") for name in SIZES}
+    model = stored(tmp_path / "model", tensors)
+    run(capsys, "merge", model, tmp_path / "adapter", tmp_path / "plain")
+    path.write_text(json.dumps(config))
+    said = run(capsys, "merge", model, tmp_path / "adapter", tmp_path / "out", code=2)
+    assert "a part of the tokens" in said.err and not (tmp_path / "out").exists()
+
+
+def test_a_norm_of_thirty_times_the_median_is_suspicious(tmp_path, capsys):
+    for times, said in ((29, False), (31, True)):
+        directory = tmp_path / str(times)
+        save_adapter(directory, 1)
+        path = directory / "adapter_model.safetensors"
+        tensors = load_file(path)
+        first = {kind: tensors[f"{PREFIX}a.q.lora_{kind}.weight"] for kind in "AB"}
+        for name in SIZES:
+            for kind, value in first.items():
+                factor = times if (name, kind) == ("b.q", "B") else 1
+                tensors[f"{PREFIX}{name}.lora_{kind}.weight"] = factor * value
+        save_file(tensors, path)
+        lines = run(capsys, "inspect", directory).out.splitlines()
+        found = [line for line in lines if line.startswith("suspicious") and "median" in line]
+        assert len(found) == said and all("b.q" in line for line in found)
 
 
 # plan
@@ -217,40 +307,40 @@ def planned(capsys, model, *more):
     return {line.split("  ")[0]: line.split() for line in lines[2:-1] if line}, lines[-1]
 
 
-def test_plan_shows_what_each_option_changes(trained, capsys, monkeypatch):
+def test_plan_shows_what_each_option_changes(models, capsys):
     def adapted(found):
         return {path for path, cells in found.items() if "adapted" in cells}
 
-    base, total = planned(capsys, trained.model, "--target-modules", "query", "key")
+    base, total = planned(capsys, models.model, "--target-modules", "query", "key")
     assert {path.rpartition(".kernel")[0].rpartition(".")[2] for path in adapted(base)} == {
         "query",
         "key",
     }
     more = ("--target-modules", "query", "key")
-    other, ranks = planned(capsys, trained.model, *more, "--r", 4)
+    other, ranks = planned(capsys, models.model, *more, "--r", 4)
     assert adapted(other) == adapted(base)
     # A and B of 24 × r each, at scale 16 / r
     assert total.startswith(f"trainable {2 * 2 * 24 * 8:,} of")
     assert ranks.startswith(f"trainable {2 * 2 * 24 * 4:,} of")
     for path in adapted(base):
         assert base[path][-7:-5] == ["8", "2"] and other[path][-7:-5] == ["4", "4"]
-    scaled, same = planned(capsys, trained.model, *more, "--lora-alpha", 4)
+    scaled, same = planned(capsys, models.model, *more, "--lora-alpha", 4)
     assert same == total
     assert {path for path in base if base[path] != scaled[path]} == adapted(base)
     assert all(scaled[path][-7:-5] == ["8", "0.5"] for path in adapted(base))
-    every, _ = planned(capsys, trained.model)
+    every, _ = planned(capsys, models.model)
     assert adapted(base) < adapted(every) and len(adapted(every)) == 7
-    without, _ = planned(capsys, trained.model, "--exclude-modules", "key")
+    without, _ = planned(capsys, models.model, "--exclude-modules", "key")
     changed = {path for path in every if every[path] != without[path]}
     assert changed == {path for path in every if ".key." in path}
     assert all("excluded" in without[path] for path in changed)
 
 
-def test_plan_forms_weights_on_demand_alone(trained, capsys, monkeypatch):
+def test_plan_forms_weights_on_demand_alone(models, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "plan_model", lambda model, config, **more: seen.append(config))
-    run(capsys, "plan", trained.model)
-    run(capsys, "plan", trained.model, "--materialize")
+    run(capsys, "plan", models.model)
+    run(capsys, "plan", models.model, "--materialize")
     assert [config.on_unsupported for config in seen] == ["error", "materialize"]
     assert dataclasses.replace(seen[1], on_unsupported="error") == seen[0]
 
@@ -321,7 +411,7 @@ def test_combine_prunes_to_the_density_and_elects_by_the_method(tmp_path, capsys
     for key, value in kept["1"].items():
         np.testing.assert_array_equal(value, kept["0.5"][key])
     words = ["--type", "magnitude_prune", "--weights", "1", "0", "--density"]
-    for density in (1.0, 0.5):
+    for density in (1.0, 0.25):
         *_, out = combined(capsys, root, *words, density, argv=argv[:2])
         for value in read(out)[1].values():
             assert (value != 0).sum() == int(density * value.size)

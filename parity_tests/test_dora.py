@@ -25,6 +25,8 @@ REFUSED = {
     "ragged_dot_back": "groups of rows",
     "joined_in": "joined along an axis that is summed over",
     "complex_made": "an array is added to it",
+    "sum_of_two": "something is added to it",
+    "sum_of_slices": "something is added to it",
     "experts_by_choices": "only a part of axis 0 is summed over",
 }
 EVERY = [*subjects.ALL, *subjects_products.ALL, *subjects_structure.ALL, *subjects_complex.ALL]

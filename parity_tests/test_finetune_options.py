@@ -281,6 +281,13 @@ def test_the_result_is_what_the_saved_files_give(run, parts):
         result = one.record["result"]
         assert result["loss_after"] == pytest.approx(loss, rel=1e-4), changes
         assert result["accuracy_after"] == pytest.approx(hits), changes
+    # Where nothing moves, the files are the start.
+    still = run(**PATIENT)
+    hits = np.mean([p.label == labels[p.text] for p in predict(still.out, test)])
+    for one in (still, run(), run(**OTHER)):
+        assert one.record["result"]["accuracy_before"] == pytest.approx(hits)
+    own = np.mean([p.label == labels[p.text] for p in predict(still.out, parts()[1])])
+    assert own != pytest.approx(hits), "the validation part would give the same"
     # What is trained alone differs: alpha is ten times as large.
     losses = [run(**changes).record["result"]["loss_after"] for changes in ({}, OTHER)]
     assert abs(losses[0] - losses[1]) > 1e-2
@@ -389,6 +396,7 @@ def test_another_model_is_trained_and_recorded(run, world):
     assert other.record["base_model"] == other.config["base_model_name_or_path"]
     assert other.record["base_model"] == str(world.other.resolve())
     assert differing(base.config, other.config) == {"base_model_name_or_path"}
+    assert base.config["task_type"] == "SEQ_CLS" and base.config["peft_type"] == "LORA"
     assert base.record["result"]["loss_after"] != other.record["result"]["loss_after"]
     text = rows()[0][0]
     [own], [moved] = predict(base.out, [text]), predict(base.out, [text], model=str(world.other))

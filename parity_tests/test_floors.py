@@ -42,9 +42,12 @@ FLOORS = [
         "regexes",
         "intake",
         "shown",
+        "waiting",
         "buffers",
+        "signals",
+        "locks",
     },
-    {"config_problems"},
+    {"config_problems", "journal"},
     {
         "files",
         "adapter",

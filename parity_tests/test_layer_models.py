@@ -18,7 +18,7 @@ from lora_jax import linen, merge
 from lora_jax import nnx as lora_nnx
 from lora_jax.errors import AdapterError, ConfigError
 from lora_jax.linen import LoRADense, LoRADenseGeneral
-from lora_jax.nnx import LoRALinear, LoRALinearGeneral, LoRAParam
+from lora_jax.nnx import BaseParam, LoRALinear, LoRALinearGeneral, LoRAParam
 from parity_tests.layer_subjects import loss, relative, same_bits
 
 
@@ -127,7 +127,7 @@ class Model(nnx.Module):
 def test_nnx_models_draw_load_and_merge_like_the_plain_one():
     model, plain = Model(nnx.Rngs(0)), Model(nnx.Rngs(0), plain=True)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7)), jnp.float32)
-    params = nnx.state(model, nnx.Param)
+    params = nnx.state(model, BaseParam)
     assert jax.tree.structure(params) == jax.tree.structure(nnx.state(plain, nnx.Param))
     assert jax.tree.all(jax.tree.map(same_bits, params, nnx.state(plain, nnx.Param)))
     drawn = [np.asarray(a.a).ravel()[:5].tolist() for a in lora_nnx.adapters_of(model).values()]
@@ -154,7 +154,7 @@ def test_nnx_layers_stack_under_vmap_and_scan():
     def run(layer, x):
         return jnp.tanh(layer(x))
 
-    params, adapters = nnx.state(stack, nnx.Param), lora_nnx.adapters_of(stack)
+    params, adapters = nnx.state(stack, BaseParam), lora_nnx.adapters_of(stack)
     assert adapters["kernel"].axes == "sio" and adapters["kernel"].scale == 1.5
     assert not same_bits(stack.lora_a[...][0], stack.lora_a[...][1]), "each layer draws its own"
     merged, h = merge(params, adapters), x

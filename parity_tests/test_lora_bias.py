@@ -299,6 +299,8 @@ REFUSED = {
     "custom_jvp": "author's derivative knows nothing of lora_bias",
     "joined_in": "each part of what is summed over",
     "in_parts": "each part of what is summed over",
+    "sum_of_two": "no rule for a sum of weights",
+    "sum_of_slices": "no rule for a sum of weights",
 }
 EVERY["in_parts"] = Subject("in_parts", in_parts, {"w": (D, F)}, {"w": "io"}, sites=2)
 

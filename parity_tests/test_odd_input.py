@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import typing
+import warnings
+from pathlib import Path
 
 import pytest
 
+import lora_jax
 from lora_jax import cli
 from lora_jax.cli import main
 from parity_tests import tiny
 
+ROOT = Path(lora_jax.__file__).parent.parent
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -44,8 +51,10 @@ def is_clean(capsys, argv, codes=(1, 2)):
     out, err = capsys.readouterr()
     assert code in codes, (argv, code, out[-300:], err[-300:])
     if code:
-        lines = err.splitlines()
-        assert err.startswith("lora-jax: ") and 1 <= len(lines) <= 5, (argv, err)
+        # Notes about a download may stand before it.
+        before, said, after = err.rpartition("lora-jax: ")
+        lines = after.splitlines()
+        assert said and "lora-jax: " not in before and 1 <= len(lines) <= 5, (argv, err)
         assert max(map(len, lines)) < 2500, (argv, err[:300])
     assert "Traceback" not in err and "Error:" not in err, (argv, err)
     assert not CONTROL.search(out + err), (argv, out, err)
@@ -91,7 +100,7 @@ TARGETS = {
 PATHS = {
     "a name of 300 characters": "a" * 300,
     "a link in a circle": "circle",
-    "a path below a file": "table.csv/x",
+    "a path below a file": "table.csv/x/y",
     "a name that is no UTF-8": "\udcff",
     "a name with an escape": "\x1b[2J\x07\nx\u202e",
     "a pipe": "pipe",
@@ -179,22 +188,34 @@ def test_every_json_file_may_hold_anything(here, capsys):
 VALUES = (0, -1, 10**30, 1.5, "1e999", "x\x1b[2J\n", None, [], {}, True, ["\x1b[31m"], "a" * 10**6)
 
 
-def test_every_field_may_hold_anything(here, capsys):
-    """What is refused is refused in few words; what is taken gives a result."""
-    files = {
-        "run/run.json": ["predict", "run", "win"],
-        "model/config.json": ["plan", "model"],
-        "adapter/adapter_config.json": ["inspect", "adapter"],
-    }
-    for name, argv in files.items():
+FIELDS = {
+    "run/run.json": ["predict", "run", "win"],
+    "model/config.json": ["plan", "model"],
+    "adapter/adapter_config.json": ["inspect", "adapter"],
+}
+
+
+def walk_fields(here, capsys, every):
+    for name, argv in FIELDS.items():
         path = here / name
-        good = path.read_bytes()
-        for field in json.loads(good):
-            for value in VALUES:
-                text = json.dumps(json.loads(good) | {field: value}).replace('"1e999"', "1e999")
+        good = json.loads(path.read_bytes())
+        # What a library of another name would do with it is not ours.
+        for n, field in enumerate(sorted(good.keys() - {"model_type"})):
+            for value in VALUES[n % every :: every]:
+                text = json.dumps(good | {field: value}).replace('"1e999"', "1e999")
                 path.write_text(text)
                 is_clean(capsys, argv, codes=(0, 1, 2))
-        path.write_bytes(good)
+        path.write_text(json.dumps(good))
+
+
+def test_every_field_may_hold_anything(here, capsys):
+    """What is refused is refused in few words; what is taken gives a result."""
+    walk_fields(here, capsys, every=6)
+
+
+@pytest.mark.slow
+def test_every_field_may_hold_all_of_it(here, capsys):
+    walk_fields(here, capsys, every=1)
 
 
 # Options whose absurd values mean something: never stop early, use all texts, the other sign.
@@ -239,3 +260,148 @@ def test_every_number_has_limits(here, capsys):
                     walked += 1
     assert walked > 100
     assert not (here / "out").exists() or not any((here / "out").iterdir())
+
+
+class Full(io.RawIOBase):
+    """A disk without room."""
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        raise OSError(28, "No space left on device")
+
+
+def streams():
+    return {
+        "full": io.TextIOWrapper(io.BufferedWriter(Full()), "utf-8"),
+        "closed": None,
+        "closed later": closed(),
+    }
+
+
+def closed():
+    stream = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    stream.close()
+    return stream
+
+
+SHOWING = {
+    "predict": ["predict", "run", "win"],
+    "predict --json": ["predict", "run", "win", "--json"],
+    "inspect": ["inspect", "adapter"],
+    "diff": ["diff", "adapter", "adapter"],
+    "plan": ["plan", "model"],
+    "--version": ["--version"],
+}
+
+
+def test_a_result_that_cannot_be_shown_is_said(here, capsys, monkeypatch):
+    for name in ("full", "closed", "closed later"):
+        for argv in SHOWING.values():
+            stream = streams()[name]
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stdout", stream)
+                assert main(argv) == 2
+            err = capsys.readouterr().err
+            assert err.startswith("lora-jax: the result cannot be") and err.count("\n") == 1, err
+            if name == "full":
+                assert "No space left on device" in err
+                stream.buffer.raw.write = lambda content: len(content)  # let it close
+
+
+def test_a_full_disk_ends_the_process_with_one_line(here):
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "-m", "lora_jax.cli", "--version"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        run = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert "No space left on device" in run.stderr
+
+
+def test_an_ascii_terminal_shows_what_it_can(here, monkeypatch):
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        for argv in (["predict", "run", "é →"], ["predict", "run", "é →", "--json"]):
+            content = io.BytesIO()
+            stream = io.TextIOWrapper(content, encoding)
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stdout", stream)
+                assert main(argv) == 0
+            shown = content.getvalue().decode(encoding)
+            if "--json" in argv:
+                assert json.loads(shown)["text"] == "é →"
+            else:
+                wanted = {"ascii": r"\xe9 \u2192", "latin-1": r"é \u2192", "utf-8": "é →"}
+                assert shown.rstrip("\n").split("\t")[2] == wanted[encoding]
+
+
+def test_a_text_that_is_no_unicode_is_refused(here, capsys):
+    assert "text 2: got" in is_clean(capsys, ["predict", "run", "win", "\udcff"])
+    (here / "t.jsonl").write_text(
+        '{"text": "a", "label": "\\ud800"}\n{"text": "b", "label": "c"}\n'
+    )
+    said = is_clean(capsys, [*FT, "--data", "t.jsonl", "--output", "out"])
+    assert "line 1: got '\\ud800' as label" in said
+
+
+ESCAPES = "\x1b[31mred\x07\x9b\u202eb\nc\td"
+
+
+def test_nothing_obeys_a_control_character_of_a_name(here, capsys):
+    """Labels, texts, names and configurations are shown escaped; JSON stays JSON."""
+    tiny.edit_json(here / "run/run.json", classes=[ESCAPES, "\x1b]0;title\x07"])
+    config = here / "adapter/adapter_config.json"
+    more = {"base_model_name_or_path": ESCAPES, "task_type": ESCAPES}
+    tiny.edit_json(config, **more)
+    shutil.copytree(here / "adapter", here / "other")
+    tiny.edit_json(here / "other/adapter_config.json", base_model_name_or_path="x" + ESCAPES)
+    shown = {
+        "predict": ["predict", "run", ESCAPES],
+        "inspect": ["inspect", "adapter"],
+        "diff": ["diff", "adapter", "other"],
+        "combine": ["combine", "combined", "adapter", "other"],
+        "table": ["predict", "run", "--data", ESCAPES],
+    }
+    for name, argv in shown.items():
+        code = main(argv)
+        out, err = capsys.readouterr()
+        assert not CONTROL.search(out + err), (name, out, err)
+        assert (code == 0) == (name != "table") and (r"\x1b" in out + err)
+        if name == "predict":
+            assert len(out.splitlines()) == 1 and len(out.split("\t")) == 3
+            assert out.split("\t")[0] in (r"\x1b[31mred\x07\x9b\u202eb\nc\td", r"\x1b]0;title\x07")
+        if name == "inspect":
+            assert not [line for line in out.splitlines() if line.startswith("c")]
+    assert main(["predict", "run", ESCAPES, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert not CONTROL.search(out) and json.loads(out)["text"] == ESCAPES
+    with pytest.warns(UserWarning, match=r"\\x1b|new"):
+        tiny.edit_json(config, **{"\x1b[2Jnew": 1})
+        main(["inspect", "adapter"])
+
+
+def test_a_warning_is_a_line_of_the_command(here, capsys, monkeypatch):
+    config = here / "adapter/adapter_config.json"
+    tiny.edit_json(config, **{"\x1b[2Jnew": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+
+        # As Python does where nobody records them.
+        def shown(*given, **_):
+            sys.stderr.write(warnings.formatwarning(*given[:4]))
+
+        monkeypatch.setattr(warnings, "showwarning", shown)
+        assert main(["inspect", "adapter"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("lora-jax: warning: ") and r"\x1b[2Jnew" in err
+    assert not CONTROL.search(err)
+
+
+def test_a_configuration_of_more_layers_than_the_file_is_not_traced(here, capsys, monkeypatch):
+    def traced(*args):
+        raise AssertionError("the model was traced")
+
+    tiny.edit_json(here / "model/config.json", num_hidden_layers=3000)
+    monkeypatch.setattr("lora_jax.models.huggingface._template", traced)
+    for argv in (["plan", "model"], ["predict", "run", "win", "--model", "model"]):
+        assert "num_hidden_layers: got 3,000, the file has 1" in is_clean(capsys, argv)

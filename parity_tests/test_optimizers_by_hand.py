@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from peft.optimizers import create_riemannian_optimizer
+from peft.optimizers.lorafa import LoraFAOptimizer
 
 from lora_jax import Adapter
 from lora_jax.errors import AdapterError
@@ -45,6 +49,26 @@ def test_the_first_step_of_riemannian_by_hand():
     )
     np.testing.assert_allclose(got.a, -G_A @ by_b, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got.b, -by_a @ G_B, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_said_is_pefts_default():
+    defaults = {
+        name: one.default
+        for name, one in inspect.signature(create_riemannian_optimizer).parameters.items()
+    }
+    adapters, gradients = pair(A, B, scale=2.0), pair(G_A, G_B, scale=2.0)
+    plain, said = (
+        first_update(riemannian(optax.sgd(1.0), **more), adapters, gradients)
+        for more in ({}, {"reg": defaults["reg"]})
+    )
+    np.testing.assert_array_equal(plain.a, said.a)
+    np.testing.assert_array_equal(plain.b, said.b)
+    fa = inspect.signature(LoraFAOptimizer.__init__).parameters
+    options = {"eps": fa["eps"].default, "weight_decay": fa["weight_decay"].default}
+    options |= dict(zip(("b1", "b2"), fa["betas"].default, strict=True))
+    options |= {"correct_bias": fa["correct_bias"].default, "learning_rate": fa["lr"].default}
+    plain, said = (first_update(lora_fa(**more), adapters, gradients) for more in ({}, options))
+    np.testing.assert_array_equal(plain.b, said.b)
 
 
 def test_the_first_step_of_lora_fa_by_hand():

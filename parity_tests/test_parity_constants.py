@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_jax.parity.compare import compare
+from lora_jax.parity.suite import holding, losses, models
 from lora_jax.parity.trajectories import Step, trajectory
 from lora_jax.parity.verdicts import Verdict, judge
 
@@ -55,6 +56,13 @@ def test_one_side_that_is_not_finite_is_a_mismatch():
         assert judged(broken, broken) is Verdict.MISMATCH
     zero = judge("y", ONES, ONES, 0 * ONES, unit_roundoff=1e-6)
     assert zero.verdict is Verdict.VACUOUS
+
+
+def test_the_suites_hold_a_tensor_to_32_roundings_too():
+    for times, ok in ((30, True), (34, False)):
+        [found] = holding.held({"y": off(times * U)}, {"y": ONES}, {"y": ONES})
+        assert found.verdict.ok is ok
+    assert models.CHAIN == losses.CHAIN == holding.CHAIN
 
 
 # compare

@@ -41,6 +41,23 @@ def test_target_modules_match_as_in_peft(module, names):
     assert configs.matches(config.target_modules and names, module) == wanted
 
 
+def test_every_module_is_matched_by_every_pattern_as_in_peft():
+    """All pairs, as a drawn sample may miss the one that tells."""
+    for module in MODULES:
+        for names in [*PATTERNS, *([one] for one in PATTERNS)]:
+            wanted = LoraModel._check_target_module_exists(PeftConfig(target_modules=names), module)
+            # PEFT makes a set of a list.
+            found = configs.matches(names, module)
+            assert found == bool(wanted), (module, names)
+
+
+def test_the_first_layer_may_be_chosen():
+    for layers in (0, [0]):
+        config = LoraConfig(target_modules=["query"], layers_to_transform=layers)
+        found = [configs.in_chosen_layer(config, f"model.layers.{n}.query") for n in range(3)]
+        assert found == [True, False, False]
+
+
 LAYERS = st.sampled_from([0, 1, 2, 12])
 
 
@@ -49,13 +66,27 @@ LAYERS = st.sampled_from([0, 1, 2, 12])
     st.sampled_from(["model", "decoder", "encoder.stack"]),
     st.lists(st.tuples(st.sampled_from(["layers", "blocks", "experts"]), LAYERS), min_size=1),
     st.one_of(LAYERS, st.lists(LAYERS)),
-    st.sampled_from([None, "layers", "blocks", ["blocks", "layers"], []]),
+    st.sampled_from([None, "layers", "blocks", "(?:layers|blocks)", ["blocks", "layers"], []]),
 )
 def test_layers_are_chosen_as_in_peft(top, lists, layers, pattern):
     module = ".".join([top, *(f"{name}.{n}" for name, n in lists), "query"])
     chosen = dict(target_modules=["query"], layers_to_transform=layers, layers_pattern=pattern)
     wanted = bool(LoraModel._check_target_module_exists(PeftConfig(**chosen), module))
     assert configs.in_chosen_layer(LoraConfig(**chosen), module) == wanted
+
+
+def test_a_group_in_layers_pattern_is_not_the_layer():
+    """PEFT reads the first group as the layer's number, and fails for a name."""
+    for pattern in ("(layers|blocks)", "(la)(yers)", "layer(s?)", r"(?P<kind>layers)"):
+        for layer in (0, 1, 12):
+            config = LoraConfig(
+                target_modules=["query"], layers_to_transform=[1], layers_pattern=pattern
+            )
+            found = configs.in_chosen_layer(config, f"model.layers.{layer}.attn.query")
+            assert found == (layer == 1), (pattern, layer)
+    config = LoraConfig(target_modules=["q"], layers_to_transform=[3], layers_pattern="h(2|3)")
+    assert not configs.in_chosen_layer(config, "model.h3.1.q")
+    assert configs.in_chosen_layer(config, "model.h2.3.q")
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,6 +13,7 @@ from flax import linen, nnx
 from lora_jax import Adapter, Full, LoraConfig, lora, merge, plan
 from lora_jax.adapter import count
 from lora_jax.errors import AdapterError, ConfigError, PlanError
+from lora_jax.inits import initialise
 from parity_tests import subjects
 
 X = jnp.ones((3, 6))
@@ -61,6 +62,15 @@ def test_targets_by_suffix_regex_and_all_linear():
         (dict(target_modules=["query"], modules_to_save=["nope"]), ["modules_to_save", "nope"]),
         (dict(target_modules=["query"], rank_pattern={"nope": 2}), ["rank_pattern", "nope"]),
         (dict(target_modules=["query"], alpha_pattern={"nope": 2}), ["alpha_pattern", "nope"]),
+        (
+            dict(target_modules=["query"], output_slices={"nope": [(0, 2)], "query": [(0, 1)]}),
+            ["output_slices: got 'nope'"],
+        ),
+        (
+            dict(target_modules=["query"], output_slices={"score": [(0, 2)]}),
+            ["output_slices: got 'score'"],
+        ),
+        (dict(target_modules=["query"], on_unsupported=["nope"]), ["on_unsupported", "nope"]),
         (dict(target_modules=["norm"]), ["target_modules", "norm"]),
         (dict(target_modules=None), ["target_modules is not set", "layers.0.attn.query"]),
         (dict(target_modules=["spare"]), ["spare.kernel", "never uses"]),
@@ -148,7 +158,7 @@ def test_abstract_parameters_plan_without_computing():
 
 # Uses that this registry has no rule for: each is named with path and primitive.
 LOUD = {
-    "add": (lambda p, x: x @ (p["w"] + 1), "add"),
+    "plus_data": (lambda p, x: x @ (p["w"] + x[:1].T), "the data is added"),
     "part_of_a_row": (
         lambda p, x: x[0, 0] * p["w"][jnp.array([0, 2]), jnp.array([1, 1])],
         "gather",
@@ -190,10 +200,7 @@ def test_a_use_without_a_rule_names_path_and_primitive(name):
     assert "w: " in str(error.value)
 
 
-FORMED = [name for name, (_, word) in LOUD.items() if "returns" not in word]
-
-
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", LOUD)
 def test_materialize_gives_the_merged_models_outputs_and_says_so(name):
     fn, _ = LOUD[name]
     rng = np.random.default_rng(0)
@@ -223,12 +230,31 @@ def test_materialize_can_be_allowed_for_some_modules_alone():
     assert all(leaf.materialized for leaf in found.adapted)
 
 
+def test_a_target_that_the_call_does_not_reach_is_refused_before_it():
+    params = {"text": {"q": jnp.eye(6)}, "vision": {"q": jnp.eye(6)}, "seen": {"q": jnp.eye(6)}}
+
+    def fn(p, x):
+        p["seen"]["q"].T.reshape(36)  # of no use
+        return x @ p["text"]["q"]
+
+    for formed in ("error", "materialize", ["q"]):
+        config = LoraConfig(target_modules=["q"], on_unsupported=formed)
+        with pytest.raises(PlanError) as error:
+            plan(fn, params, config, X)
+        for path in ("vision.q", "seen.q"):
+            assert f"{path}: the function never uses it" in str(error.value)
+        assert "text.q" not in str(error.value)
+    assert plan(fn, params, dataclasses.replace(config, target_modules=["text.q"]), X).adapted
+
+
 def test_every_bad_target_is_listed_at_once():
     params = {"u": jnp.eye(6), "v": jnp.eye(6), "w": jnp.eye(6)}
     config = LoraConfig(target_modules=["u", "v", "w"])
     with pytest.raises(PlanError) as error:
         plan(
-            lambda p, x: x @ (p["u"] + 1) @ p["v"].sum(0, keepdims=True).T @ jnp.sort(p["w"])[:1],
+            lambda p, x: (
+                x @ jnp.exp(p["u"]) @ p["v"].sum(0, keepdims=True).T @ jnp.sort(p["w"])[:1]
+            ),
             params,
             config,
             X,
@@ -380,3 +406,52 @@ def test_dropout_inside_an_authors_derivative_is_refused():
             jnp.ones((2, 4, 40)),
             jax.random.key(0),
         )
+
+
+START = dict(r=2, target_modules=["w", "v"], use_dora=True, modules_to_save=["head"], bias="all")
+
+
+def started(params, x):
+    y = x @ params["w"]["kernel"] @ params["v"]["kernel"] + params["v"]["bias"]
+    return params["embed"]["embedding"][jnp.array([1])] + y @ params["head"]["kernel"]
+
+
+def test_a_plan_of_shapes_starts_from_given_parameters():
+    """DoRA's magnitudes, rows and leaves trained in full are values of the weights."""
+    rng = np.random.default_rng(0)
+    shapes = {"w.kernel": (3, 4), "v.kernel": (4, 5), "v.bias": (5,), "head.kernel": (5, 6)}
+    params: dict = {}
+    for path, shape in (shapes | {"embed.embedding": (7, 6)}).items():
+        module, leaf = path.split(".")
+        params.setdefault(module, {})[leaf] = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    config = LoraConfig(trainable_token_indices={"embed": [2, 5]}, **START)
+    abstract = jax.eval_shape(lambda: params)
+    key = jax.random.key(0)
+    wanted = plan(started, params, config, jnp.ones((2, 3))).init(key)
+    found = plan(started, abstract, config, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    got = found.init(key, params=params)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert jax.eval_shape(lambda: wanted) == found.abstract()
+    with pytest.raises(ConfigError, match="was made from shapes") as caught:
+        found.init(key)
+    assert caught.value.problems == (
+        "head.kernel: trained in full",
+        "v.bias: trained in full",
+        "v.kernel: its norms are DoRA's",
+        "w.kernel: its norms are DoRA's",
+        "embed.embedding: rows of it",
+    )
+    wrong = {**params, "w": {"kernel": jnp.ones((4, 3))}, "embed": {}}
+    with pytest.raises(ConfigError, match="not the plan's") as caught:
+        found.init(key, params=wrong)
+    assert caught.value.problems == (
+        "embed.embedding: got None, not (7, 6)",
+        "w.kernel: got (4, 3), not (3, 4)",
+    )
+    plain = LoraConfig(r=2, target_modules=["w"])
+    plan(started, abstract, plain, jnp.ones((2, 3))).init(key)  # needs no values
+    read = dataclasses.replace(plain, init_lora_weights="pissa", modules_to_save=["head"])
+    _, adapters = initialise(plan(started, abstract, read, jnp.ones((2, 3))), params, key)
+    np.testing.assert_array_equal(adapters["head.kernel"].value, params["head"]["kernel"])

@@ -167,3 +167,13 @@ def test_no_repeat_within_a_repeat_is_overlooked(regex):
 def test_fields_are_all_of_those_that_hold_patterns():
     kinds = {name for name in FIELDS if name in {f.name for f in dataclasses.fields(LoraConfig)}}
     assert kinds == FIELDS.keys()
+
+
+def test_a_few_repeats_hang_on_a_long_name(quick):
+    """Four repeats try the fourth power of a name's length: 2,000 characters take a week."""
+    one = LoraConfig(target_modules=".*.*.*.*!")
+    start = time.monotonic()
+    (said,) = config.hanging(one, ["a" * 2000])
+    assert said.startswith("'.*.*.*.*!': got a regular expression that comes to no end")
+    assert config.hanging(one, ["a" * 40]) == []
+    assert time.monotonic() - start < 10

@@ -51,6 +51,11 @@ def test_planning(subject):
     laws.planning(subject)
 
 
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_agreement(subject):
+    laws.agreement(subject)
+
+
 def test_cached_decoding_is_as_near_to_the_truth_as_the_merged_model():
     """The whole sequence in float64 is the truth for what the cache computes in float32."""
     whole, cached = (

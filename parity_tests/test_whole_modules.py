@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_jax import Full, LoraConfig, load_pretrained, lora, plan, save_pretrained
+from lora_jax import Full, LoraConfig, load_pretrained, lora, merge, plan, save_pretrained
 
 PREFIX = "base_model.model."
 
@@ -69,3 +69,8 @@ def test_embeddings_stay_as_they_are_and_kernels_are_turned(rows, tmp_path):
     np.testing.assert_allclose(
         lora(fn)(params, adapters, ids), fn(replaced, ids), rtol=1e-6, atol=1e-6
     )
+    merged = merge(params, adapters)
+    for module, leaves in replaced.items():
+        for leaf, value in leaves.items():
+            if module != "mix":
+                np.testing.assert_array_equal(merged[module][leaf], value)

@@ -1,10 +1,8 @@
-"""A model directory of safetensors files, one or in shards, and a directory written whole."""
+"""A model directory of safetensors files, one or in shards."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +13,9 @@ import numpy as np
 import safetensors
 
 from .. import pointers
-from ..errors import AssetError, OutputError, raise_all
-from ..files import output_directory
+from ..errors import AssetError, raise_all
 from ..intake import is_inside, problem_of, reason, require_regular
+from ..journal import PREFIX, settle
 from ..peft.download import read_index
 from ..shown import listed
 
@@ -73,7 +71,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         AssetError: there are none, one is broken, or they and the index disagree.
     """
-    where = _index(directory / INDEX)
+    where = _index(settle(directory, AssetError) / INDEX)
     names = [WEIGHTS] if where is None else sorted(set(where.values()))
     files, shapes, dtypes, problems = {}, {}, {}, []
     for name in names:
@@ -101,7 +99,9 @@ def copy_others(checkpoint: Checkpoint, to: Path) -> LeftOut:
     old, elsewhere = [], []
     for path in sorted(checkpoint.directory.rglob("*")):
         name = path.relative_to(checkpoint.directory)
-        if str(name) in checkpoint.files or (path.is_dir() and not path.is_symlink()):
+        ours = name.parts[0].startswith(PREFIX)  # of a run that writes there
+        is_folder = path.is_dir() and not path.is_symlink()
+        if str(name) in checkpoint.files or is_folder or ours:
             continue
         if path.name.endswith(OTHER_WEIGHTS) and str(name) != INDEX:
             old.append(str(name))
@@ -111,39 +111,6 @@ def copy_others(checkpoint: Checkpoint, to: Path) -> LeftOut:
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path.resolve(), to / name)
     return LeftOut(tuple(old), tuple(elsewhere))
-
-
-@contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a directory beside ``out`` to write into; its files go to ``out`` when all are there.
-
-    Raises:
-        OutputError: ``out`` holds something and ``overwrite`` is false, or cannot be written.
-    """
-    existed = out.exists()
-    output_directory(out, overwrite=overwrite)
-    done = False
-    staging = None
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
-        yield staging
-        for path in sorted(staging.rglob("*")):
-            target = out / path.relative_to(staging)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
-        done = True
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {out}: {error.strerror or error}. Free some space or choose "
-            "another place; nothing that was there has changed."
-        ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if not done and not existed:
-            shutil.rmtree(out, ignore_errors=True)
 
 
 def _index(path: Path) -> dict[str, str] | None:

@@ -11,11 +11,14 @@ import numpy as np
 
 from ..adapter import Entry, Full
 from ..combining import combination_error, combine
-from ..errors import AdapterError, raise_all
+from ..config_problems import LARGEST_RANK
+from ..errors import AdapterError, ConfigError, raise_all
 from ..peft import AdapterFile, fitted, open_adapter, write_adapter
 from ..peft.carried import base_weights
 from ..peft.halves import LOOKED_UP
 from ..shown import escaped
+from ..train import limits
+from ..train.limits import Range
 from .tables import table
 
 
@@ -48,6 +51,16 @@ class CombineOptions:
     overwrite: bool = False
 
 
+def _check(options: CombineOptions) -> None:
+    ranges = [Range("seed", options.seed, 0, limits.SEED)]
+    ranges += [Range("weights", weight, -limits.RATE, limits.RATE) for weight in options.weights]
+    if options.svd_rank is not None:
+        ranges.append(Range("svd_rank", options.svd_rank, 1, LARGEST_RANK))
+    if options.density is not None:
+        ranges.append(Range("density", options.density, 0, 1, above=True))
+    raise_all(ConfigError, "these options are out of range", limits.problems(ranges))
+
+
 def combine_files(options: CombineOptions) -> str:
     """Write the combination and return how far each module is from the exact weighted sum.
 
@@ -55,6 +68,7 @@ def combine_files(options: CombineOptions) -> str:
         AdapterError: an adapter cannot be read, or they do not go together.
         OutputError: ``out`` cannot be written.
     """
+    _check(options)
     opened = [open_adapter(directory) for directory in options.adapters]
     _refuse_other_tokens(opened, options.adapters)
     base = _base(opened)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import safetensors
 
 from .. import pointers
 from ..errors import AdapterError
-from ..intake import parse_json, problem_of, read_bytes, reason, require_regular
-from ..peft import AdapterFile, load_adapter_file
-from ..peft.files import CONFIG_NAME, WEIGHTS_NAME, write_directory
-from ..peft.layouts import converted
+from ..intake import parse_json, read_bytes, reason, require_regular
+from ..peft import AdapterFile, diffusers, families, mlx
+from ..peft.files import write_directory
+from ..peft.layouts import Converted, converted
+from ..peft.renaming import exact
+from ..peft.slots import PREFIX
+from ..peft.sources import read_source
 from ..shown import escaped
 from .tables import table
 
@@ -24,14 +28,15 @@ class ConvertOptions:
     """Write an adapter of an older layout as a PEFT directory.
 
     Reads loralib's bare lora_A and lora_B, kohya's and diffusers' lora_down and lora_up, PEFT's
-    names without their prefix, and adapters of single experts.
+    names without their prefix, MLX-LM's lora_a and lora_b, and adapters of single experts.
 
     Args:
-        source: a .safetensors file, or a directory with adapter_model.safetensors and maybe
-            adapter_config.json.
+        source: a .safetensors file, or a directory with adapter_model.safetensors (or its shards)
+            and maybe adapter_config.json, or with MLX-LM's adapters.safetensors.
         out: where the adapter goes; a new or empty directory.
         modules: the model's modules, which kohya's names need: a .json list of their names, or a
-            .safetensors file of the model.
+            .safetensors file of the model. Names that a family of models had before or has now
+            become the model's.
         part: of a file for several models, the beginning of the names to convert, such as
             lora_unet_ or text_encoder. (with its dot).
         lora_alpha: numerator of the scale alpha / r, where the file does not say it.
@@ -55,20 +60,25 @@ def convert_files(options: ConvertOptions) -> str:
         AdapterError: the source cannot be read, or lists everything that cannot be converted.
         OutputError: ``out`` cannot be written.
     """
-    source, recorded = options.source, None
-    if source.is_dir():
-        if (source / CONFIG_NAME).exists():
-            recorded = load_adapter_file(source)
-        source = source / WEIGHTS_NAME
+    if options.lora_alpha is not None and not math.isfinite(options.lora_alpha):
+        raise AdapterError(f"lora_alpha: got {options.lora_alpha}, wanted a finite number")
+    source = read_source(options.source)
     modules = None if options.modules is None else _modules(options.modules)
-    new = converted(
-        _tensors(source),
-        part=options.part,
-        modules=modules,
-        lora_alpha=options.lora_alpha,
-        config=recorded.config if recorded else None,
-    )
-    file = replace(recorded or AdapterFile(new.config), config=new.config)
+    family = None if modules is None else families.find(source.modules, modules)
+    own = modules if family is None or modules is None else set(map(family.to_file, modules))
+    if mlx.is_mlx(source.tensors):
+        new = mlx.converted(source.tensors, source.fields, options.lora_alpha, own)
+    else:
+        part, said = diffusers.recorded(source.metadata, options.part, options.source)
+        new = converted(
+            source.tensors,
+            part=part,
+            modules=own,
+            lora_alpha=options.lora_alpha,
+            config=source.file.config if source.file else said,
+        )
+    new = new if family is None else _in_names_of(new, family, modules)
+    file = replace(source.file or AdapterFile(new.config), config=new.config)
     if options.base_model is not None:
         file = replace(file, base_model=options.base_model)
     write_directory(options.out, file, new.tensors, overwrite=options.overwrite)
@@ -76,28 +86,24 @@ def convert_files(options: ConvertOptions) -> str:
     rows = [(name, str(n), str(r), f"{alpha:g}") for (name, r, alpha), n in sorted(kinds.items())]
     return "\n".join(
         [
+            *([] if family is None else [f"note: {escaped(family.told(source.modules))}"]),
             table(("name", "modules", "r", "alpha"), rows),
             f"{len(new.ranks)} modules; the adapter is in {escaped(options.out)}",
         ]
     )
 
 
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    if problem_of(path) == "missing":
-        raise AdapterError(f"{path} is missing")
-    if path.suffix != ".safetensors":
-        raise AdapterError(
-            f"{path} is not a .safetensors file. A pickle is never read, as it can run code: where "
-            "you trust it, make one in PyTorch by safetensors.torch.save_file("
-            f"torch.load({path.name!r}, weights_only=True), 'adapter.safetensors')"
-        )
-    pointers.refuse(path, AdapterError)
-    try:
-        require_regular(path)
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path} is not a whole safetensors file: {reason(error)}") from error
+def _in_names_of(
+    new: Converted, family: families.Rename, modules: Collection[str] | None
+) -> Converted:
+    """Return an adapter in the model's names, where the file has others of its family."""
+    ranks = {family.to_model(name): own for name, own in new.ranks.items()}
+    saved = [family.to_model(name) for name in new.config.modules_to_save or ()]
+    tensors = {
+        PREFIX + family.to_model(key.removeprefix(PREFIX)): tensor
+        for key, tensor in new.tensors.items()
+    }
+    return Converted(exact(new.config, ranks, saved, modules), tensors, ranks)
 
 
 def _modules(path: Path) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import safetensors.numpy
 from .. import lowrank, paths, rows
 from ..adapter import Adapter, Entry, Full, Rows
 from ..alora import refuse_masked
+from ..assets import refuse_other_layout
 from ..changes import merged, scaled_bias
 from ..errors import AdapterError, OutputError, raise_all
 from ..factors import pairs_of
-from ..files import write_atomic
+from ..files import claimed
 from ..intake import parse_json, read_bytes
 from ..merging import Rounding, overflow, rounding, warnings_of
 from ..peft.bare import look
@@ -24,8 +26,8 @@ from ..peft.halves import LOOKED_UP
 from ..peft.tensors import changed_base
 from ..rewrite.tokens import is_input_embedding
 from ..shown import escaped
-from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file, staged
-from .placing import biases, is_tied, place, refuse_unmet, renamed, without_tied
+from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file
+from .placing import biases, family_of, is_tied, place, plain_names, refuse_unmet, without_tied
 from .tables import table
 
 Entries = Mapping[str, Entry]
@@ -58,16 +60,20 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
         raise AdapterError(f"{adapter}: {problem}")
     refuse_masked(adapters, "they cannot be merged")
     checkpoint = read_checkpoint(model)
-    notes = refuse_unmet(file.config, adapters, checkpoint) + renamed(adapters, checkpoint)
+    notes = refuse_unmet(file.config, adapters, checkpoint)
     adapters, tied = without_tied(adapters, checkpoint)
     _refuse_tied({name: one for name, one in adapters.items() if name not in tied}, checkpoint)
     changes = _changes(adapters, checkpoint, transposed=_says_transposed(adapter))
     for given in (model, adapter):
-        if given.resolve() in (out.resolve(), *out.resolve().parents):
+        if _real(given) in (_real(out), *_real(out).parents):
             raise OutputError(f"{out} is or lies in {given}, which stays as it is")
+    if family := family_of(adapters, checkpoint.shapes):
+        notes = [family.told(plain_names(adapters).values()), *notes]
     report: dict[str, Rounding] = {}
     broken: list[str] = []
-    with staged(out, overwrite=overwrite) as staging:
+    claim = claimed(out, overwrite=overwrite, remove_empty=True)
+    with claim as output, output.filling() as draft:
+        refuse_other_layout(out, checkpoint.files)
         for name, keys in checkpoint.files.items():
             tensors, metadata = read_file(model / name)
             for key in keys:
@@ -75,9 +81,14 @@ def merge_files(model: Path, adapter: Path, out: Path, *, overwrite: bool = Fals
                     old, tensors[key] = tensors[key], _changed(key, tensors[key], changes, report)
                     broken += overflow(key, old, tensors[key])
             raise_all(AdapterError, _OVERFLOW, broken)
-            write_atomic({staging / name: safetensors.numpy.save(tensors, metadata=metadata)})
-        left_out = copy_others(checkpoint, staging)
+            (draft / name).write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+        left_out = copy_others(checkpoint, draft)
     return "\n".join([*(f"note: {note}" for note in notes), _told(report, changes, left_out, out)])
+
+
+def _real(path: Path) -> Path:
+    # Path.resolve raises for links in a circle.
+    return Path(os.path.realpath(path))
 
 
 def _says_transposed(adapter: Path) -> bool:

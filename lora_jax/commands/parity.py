@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ParityError, raise_all
+from ..errors import ConfigError, ParityError, raise_all
 from ..files import output_directory, write_atomic
 from ..intake import read_bytes, reason
 from ..parity.against import differences
@@ -23,6 +23,8 @@ from ..parity.report import Report, environment, from_json, to_json, to_markdown
 from ..parity.summary import PAIR, ratio_text, sentences
 from ..parity.templating import INSTALL
 from ..shown import escaped
+from ..train import limits
+from ..train.limits import Range
 from .objects import load, load_inputs, said_where
 from .tables import table
 
@@ -104,6 +106,8 @@ def prepare(options: ParityOptions) -> Prepared:
             earlier report that cannot be read, packages that are missing.
         OutputError: the directory holds files, or cannot be written.
     """
+    seeds = [Range("seed", options.seed, 0, limits.SEED)]
+    raise_all(ConfigError, "these options are out of range", limits.problems(seeds))
     pair = _is_pair(options)
     directory = options.output or (None if pair else OUTPUT)
     needed = ["torch", *(["jinja2"] if directory else [])]

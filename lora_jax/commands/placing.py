@@ -26,6 +26,7 @@ Changes = Mapping[str, Entry]
 
 _FLOATS = ("F32", "F16", "BF16")
 _WITH_HEADS = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "DoubleHeads")
+
 _TIED = (
     ", as its output head shares the embedding's weight (tie_word_embeddings); save the model with "
     "a head of its own, or keep the adapter apart"
@@ -144,17 +145,34 @@ def refuse_unmet(config: LoraConfig, adapters: Changes, checkpoint: Checkpoint) 
 
 def stored_names(adapters: Changes, stored: Mapping[str, Any]) -> dict[str, str]:
     """Return the stored tensor's name of every adapter, in the way that finds most of them."""
-    plain = _plain_names(adapters)
-    family = _family(plain, stored)
-    best = family.to_model if family else _prefixing(plain, stored)
+    plain = plain_names(adapters)
+    if renamed := family_of(adapters, stored):
+        return {name: renamed.to_model(key) for name, key in plain.items()}
+    best = _prefixing(plain, stored)
     return {name: best(key) for name, key in plain.items()}
 
 
-def renamed(adapters: Changes, checkpoint: Checkpoint) -> list[str]:
-    """Return a line for the report where a known family's other names are the model's."""
-    plain = _plain_names(adapters)
-    family = _family(plain, checkpoint.shapes)
-    return [family.told(plain.values())] if family else []
+def plain_names(adapters: Changes) -> dict[str, str]:
+    """Return the parameter of each entry: a pair is named by its module."""
+    return {n: n if isinstance(one, Full) else f"{n}.weight" for n, one in adapters.items()}
+
+
+def _prefixing(plain: Mapping[str, str], stored: Mapping[str, Any]) -> Callable[[str], str]:
+    ways: list[Callable[[str], str]] = [str]
+    for first in sorted({key.partition(".")[0] for key in plain.values()}):
+        ways.append(lambda key, first=first: key.removeprefix(f"{first}."))
+    for first in sorted({key.partition(".")[0] for key in stored}):
+        ways.append(lambda key, first=first: f"{first}.{key}")
+    return max(ways, key=lambda way: sum(way(key) in stored for key in plain.values()))
+
+
+def family_of(adapters: Changes, stored: Mapping[str, Any]) -> families.Rename | None:
+    """Return how a family's other names become the model's, where no prefix alone does it."""
+    plain = plain_names(adapters)
+    prefixed = map(_prefixing(plain, stored), plain.values())
+    if all(key in stored for key in prefixed):
+        return None
+    return families.find(sorted(plain.values()), stored.keys())
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -171,24 +189,8 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(tied) and has_head and not any("lm_head.weight" in key for key in checkpoint.shapes)
 
 
-def _plain_names(adapters: Changes) -> dict[str, str]:
-    return {n: n if isinstance(one, Full) else f"{n}.weight" for n, one in adapters.items()}
-
-
-def _prefixing(plain: Mapping[str, str], stored: Mapping[str, Any]) -> Callable[[str], str]:
-    ways: list[Callable[[str], str]] = [str]
-    for first in sorted({key.partition(".")[0] for key in plain.values()}):
-        ways.append(lambda key, first=first: key.removeprefix(f"{first}."))
-    for first in sorted({key.partition(".")[0] for key in stored}):
-        ways.append(lambda key, first=first: f"{first}.{key}")
-    return max(ways, key=lambda way: sum(way(key) in stored for key in plain.values()))
-
-
-def _family(plain: Mapping[str, str], stored: Mapping[str, Any]) -> families.Rename | None:
-    """Return how a family's other names become the model's, where no prefix alone does it."""
-    if all(key in stored for key in map(_prefixing(plain, stored), plain.values())):
-        return None
-    return families.find(sorted(plain.values()), stored.keys())
+def _is_tied_head(key: str, checkpoint: Checkpoint) -> bool:
+    return configs.is_output_head(paths.module_of(key)) and is_tied(checkpoint)
 
 
 def _is_copy(head: Entry, embedding: Entry) -> bool:
@@ -209,8 +211,7 @@ def _is_copy(head: Entry, embedding: Entry) -> bool:
 def _misfit(key: str, one: Entry, checkpoint: Checkpoint) -> list[str]:
     shape, dtype = checkpoint.shapes.get(key), checkpoint.dtypes.get(key)
     if shape is None:
-        head = configs.is_output_head(paths.module_of(key)) and is_tied(checkpoint)
-        return [f"{key}: not in the model{_TIED if head else ''}"]
+        return [f"{key}: not in the model{_TIED if _is_tied_head(key, checkpoint) else ''}"]
     if dtype not in _FLOATS:
         return [f"{key}: stored as {dtype}, wanted one of {', '.join(_FLOATS)}"]
     if isinstance(one, Rows):

@@ -89,7 +89,7 @@ def initialise(
     """
     name = plan.config.init_lora_weights
     if not reads_more(name):
-        return params, plan.init(key)
+        return params, plan.init(key, params=params)
     method = "pissa_niter" if niter(name) is not None else str(name)
     options |= {} if mask is None else dict(mask=mask)
     _check(plan, method, fn, batches, options)
@@ -115,7 +115,7 @@ def initialise(
             norm = changes.dora_norm(changed.get(leaf.path, leaves[leaf.path]), adapter)
             adapter = replace(adapter, magnitude=norm)
         adapters[leaf.name] = adapter
-    return paths.replace(params, changed), adapters | plan.copies()
+    return paths.replace(params, changed), adapters | plan.with_params(params).copies()
 
 
 def _from_weight(rule: Callable[..., Any]) -> Callable[..., Pairs]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Inexact, Num
 
 from .. import frozen, layers, paths
 from ..adapter import Adapter
+from ..buffers import apart
 from ..errors import AdapterError, raise_all
 from ..initializers import draw
 
@@ -159,12 +160,13 @@ def adapters_of(
         [f"{path}: the variables do not hold it" for path in sorted(wanted - leaves.keys())]
         + [f"{path}: no layer uses it" for path in sorted(leaves.keys() - wanted)],
     )
-    return {
+    adapters = {
         _path(name, "kernel"): layers.adapter_of(
             leaves[_path(name, A)], leaves[_path(name, B)], layers.config_of(module), _axes(module)
         )
         for name, module in found.items()
     }
+    return apart(adapters, variables)
 
 
 def _layout(module: _LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

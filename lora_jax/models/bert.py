@@ -48,6 +48,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 """The values of ``hidden_act`` that are supported; transformers' ``gelu`` is the exact one."""
 
+# Above the sizes of every model: more is no size, and products of it overflow.
+_LARGEST, _HUGE = 1 << 24, 1e30
+
 _SUPPORTED = {
     "model_type": ("bert",),
     "hidden_act": tuple(ACTIVATIONS),
@@ -94,8 +97,13 @@ class BertConfig:
         ]
         problems = missing + _problems(values)
         raise_all(ConfigError, "this BERT configuration cannot be used", problems)
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+        given: dict[str, Any] = {
+            # JSON may write 1.0 as 1.
+            field.name: float(value) if field.type == "float" else value
+            for field in fields(cls)
+            if (value := values.get(field.name, MISSING)) is not MISSING
+        }
+        return cls(**given)
 
     @classmethod
     def from_file(cls, path: str | Path) -> BertConfig:
@@ -319,6 +327,10 @@ def _attend(
     return jnp.einsum("bhqk,bhke->bhqe", weights, value) / weights.sum(axis=-1, keepdims=True)
 
 
+def _typed(values: tuple[Any, ...]) -> list[tuple[type, Any]]:
+    return [(type(value), value) for value in values]
+
+
 def _problems(values: Mapping[str, Any]) -> list[str]:
     problems = []
     for field in fields(BertConfig):
@@ -330,10 +342,12 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{field.name}: got {value!r}, wanted a whole number")
         elif kind == "int" and value == 0 and field.name != "pad_token_id":
             problems.append(f"{field.name}: got 0, wanted at least 1")
-        elif kind == "float" and not (number and 0 < value < math.inf):
+        elif kind == "int" and value > _LARGEST:
+            problems.append(f"{field.name}: got {value}, wanted at most {_LARGEST:,}")
+        elif kind == "float" and not (number and 0 < value < _HUGE):
             problems.append(f"{field.name}: got {value!r}, wanted a positive number")
     for name, supported in _SUPPORTED.items():
-        if name in values and values[name] not in supported:
+        if name in values and (type(values[name]), values[name]) not in _typed(supported):
             wanted = " or ".join(map(repr, supported))
             problems.append(f"{name}: got {values[name]!r}, wanted {wanted}")
     size, heads = values.get("hidden_size"), values.get("num_attention_heads")

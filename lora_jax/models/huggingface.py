@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .. import paths, pointers
-from ..assets import check_model, resolve_model
+from ..assets import check_model, refuse_other_layout, resolve_model
 from ..errors import AssetError, ConfigError, raise_all
-from ..files import output_directory, write_atomic
+from ..files import claimed
 from ..intake import is_inside, read_bytes, require_regular
 from .bert import BertConfig, BertForSequenceClassification, BertModel, read_json
 
@@ -38,6 +39,11 @@ TOKENIZER_FILES = (
 _OLD_LEAVES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # Constants, and the heads of BERT's own pretraining, which neither of our models has.
 _IGNORED = ("embeddings.position_ids", "cls.")
+_LAYER = re.compile(r"encoder\.layer\.(\d{1,9})\.")
+
+# What is traced before it is compared, so that each tensor that is missing is named.
+_MOST_LAYERS = 64
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -98,6 +104,7 @@ def load_params(directory: str | Path) -> Params:
         keys, problems = _stored_names(file.keys())
         shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in keys.items()}
         heads = (shapes.get("classifier.weight"), shapes.get("classifier.bias"))
+        _refuse_other_depth(path, config, keys)
         template = _template(config, next((shape[0] for shape in heads if shape), None))
         wanted = {_name_in_file(p): _torch_shape(p, s) for p, s in paths.flatten(template).items()}
         problems += _misfits(shapes, wanted)
@@ -165,6 +172,21 @@ def save_model(
         ConfigError: there are not as many ``classes`` as labels.
         OutputError: the directory is occupied or cannot be written.
     """
+    contents = model_files(params, source_directory, classes=classes, note=note)
+    with claimed(directory, overwrite=overwrite) as output:
+        refuse_other_layout(output.directory, contents)
+        output.write(contents)
+    return output.directory
+
+
+def model_files(
+    params: Params,
+    source_directory: str | Path,
+    *,
+    classes: tuple[str, ...] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, bytes]:
+    """Return the files that ``save_model`` writes, by name; see there."""
     source = check_model(source_directory)
     labels = params["classifier"]["bias"].shape[0] if "classifier" in params else None
     template = _template(BertConfig.from_file(source / "config.json"), labels)
@@ -178,19 +200,17 @@ def save_model(
     if labels is None and _has_prefix(source / "model.safetensors"):
         tensors = {PREFIX + name: array for name, array in tensors.items()}
     config = _saved_config(read_json(source / "config.json"), tensors, labels, classes)
-    target = output_directory(directory, overwrite=overwrite)
     contents = {
-        target / "model.safetensors": save(tensors, metadata={"format": "pt"}),
-        target / "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        "model.safetensors": save(tensors, metadata={"format": "pt"}),
+        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
     there = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
     own = [name for name in there if is_inside(source / name, source)]
-    contents |= {target / name: read_bytes(source / name) for name in own}
-    write_atomic(contents)
+    contents |= {name: read_bytes(source / name) for name in own}
     if note is not None and len(own) < len(there):
         others = ", ".join(name for name in there if name not in own)
         note(f"not copied, as they are no regular files of the model's directory: {others}")
-    return target
+    return contents
 
 
 def not_finite(array: jax.Array | np.ndarray) -> str | None:
@@ -237,6 +257,17 @@ def _template(config: BertConfig, num_labels: int | None) -> Params:
     model = BertModel(config) if bare else BertForSequenceClassification(config, num_labels)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
+
+
+def _refuse_other_depth(path: Path, config: BertConfig, names: Mapping[str, str]) -> None:
+    """Raise before anything is traced where ``config.json`` has other layers than the file."""
+    found = {int(one[1]) for name in names if (one := _LAYER.match(name))}
+    there = 1 + max(found, default=-1)
+    if there < config.num_hidden_layers and config.num_hidden_layers > _MOST_LAYERS:
+        raise AssetError(
+            f"{path} does not fit its config.json: num_hidden_layers: got "
+            f"{config.num_hidden_layers:,}, the file has {there}"
+        )
 
 
 def _stored_names(keys: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..assets import resolve_model
+from ..assets import one_line, resolve_model
 from ..config import LoraConfig
-from ..errors import AssetError
+from ..errors import AssetError, LoraError
 from ..rewrite import Plan, plan
 from .bert import read_json
 from .huggingface import from_pretrained
@@ -45,12 +45,24 @@ def plan_model(
         PlanError: a pattern matches nothing, or a target's use has no rule.
     """
     directory = resolve_model(name, cache=cache, progress=note)
-    if read_json(directory / "config.json").get("model_type") == "bert":
+    kind = read_json(directory / "config.json").get("model_type")
+    if not isinstance(kind, str | None):
+        raise AssetError(f"{directory / 'config.json'}: model_type: got {kind!r}, wanted a name")
+    if kind == "bert":
         model, params = from_pretrained(directory)
         ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
         return plan(lambda p, *args: model.apply({"params": p}, *args), params, config, ids, ids)
-    fn, params, inputs = _through_torch(directory)
-    return plan(fn, params, config, **inputs)
+    try:
+        fn, params, inputs = _through_torch(directory)
+        return plan(fn, params, config, **inputs)
+    except LoraError:
+        raise
+    # The library runs whatever config.json says, and its failures share no base class.
+    except Exception as error:
+        raise AssetError(
+            f"{directory} cannot be planned through transformers: {type(error).__name__}: "
+            f"{one_line(str(error))}"
+        ) from error
 
 
 def _through_torch(directory: Path) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
@@ -63,6 +75,8 @@ def _through_torch(directory: Path) -> tuple[Callable[..., Any], Any, dict[str, 
             f"{directory} holds no BERT; planning it takes PyTorch: {INSTALL} ({error})"
         ) from error
     names = read_json(directory / "config.json").get("architectures") or ["AutoModel"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise AssetError(f"{directory / 'config.json'}: architectures: got {names!r}")
     kind = getattr(transformers, names[0], transformers.AutoModel)
     # A fused attention asks for the values of masks.
     model = kind.from_pretrained(directory, attn_implementation="eager")

@@ -1,10 +1,13 @@
 """The Flax NNX front end: ``wrap`` for any model, and layers with a low-rank path."""
 
 from ..serializing import tell_flax
-from .layers import LoRALinear, LoRALinearGeneral, LoRAParam, adapters_of
-from .wrap import LoRAModel, adapters, put, wrap
+from .layers import LoRALinear, LoRALinearGeneral, adapters_of
+from .model import LoRAModel, adapters, put
+from .params import BaseParam, LoRAParam
+from .wrap import wrap
 
 __all__ = [
+    "BaseParam",
     "LoRALinear",
     "LoRALinearGeneral",
     "LoRAModel",

@@ -1,8 +1,8 @@
 """NNX layers with a low-rank path: ``LoRALinear``, ``LoRALinearGeneral``.
 
-A and B are ``LoRAParam``, which is no ``nnx.Param``: ``nnx.Optimizer(model, tx, wrt=LoRAParam)``
-and ``nnx.DiffState(0, LoRAParam)`` select them and nothing else, and ``nnx.state(model,
-nnx.Param)`` is the state of the base model.
+A and B are ``LoRAParam``: ``nnx.Optimizer(model, tx, wrt=LoRAParam)`` and ``nnx.DiffState(0,
+LoRAParam)`` select them and nothing else, and so does Flax's own ``nnx.LoRAParam``. As that one
+is an ``nnx.Param``, the state of the base model is ``nnx.state(model, BaseParam)``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,10 @@ from jaxtyping import Array, Inexact, Key, Num
 
 from .. import frozen, layers, paths
 from ..adapter import Adapter
+from ..buffers import apart
 from ..errors import AdapterError, ConfigError
 from ..initializers import draw, fold_in_path
-
-
-class LoRAParam(nnx.Variable):
-    """A or B: what LoRA trains, apart from ``nnx.Param``."""
-
+from .params import LoRAParam
 
 # The constructor and the call below extend those of the layer that stands next in the bases.
 _Next = nnx.LinearGeneral if TYPE_CHECKING else nnx.Module
@@ -209,7 +206,7 @@ class LoRALinearGeneral(_LowRank, nnx.LinearGeneral):
 def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     """Return the adapters of every LoRA layer in a model, by the path of its kernel.
 
-    ``merge(nnx.state(model, nnx.Param), adapters_of(model))`` is the state of the same model
+    ``merge(nnx.state(model, BaseParam), adapters_of(model))`` is the state of the same model
     without low-rank paths. Each scale is its layer's own.
 
     Args:
@@ -228,7 +225,7 @@ def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     }
     if not adapters:
         raise AdapterError("this model has no LoRA layer")
-    return adapters
+    return apart(adapters, adapters)
 
 
 def _layout(layer: _LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

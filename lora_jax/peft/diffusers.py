@@ -40,9 +40,10 @@ def recorded(
     parts = sorted(key[:-1] for key in fields if key == "r" or key.endswith(".r"))
     if part is None and len(parts) == 1:
         part = parts[0]
-    own = {key[len(part or "") :]: value for key, value in fields.items() if part in parts}
-    own = {key: value for key, value in own.items() if f"{part}{key}" in fields}
-    if not own:
+    if part not in parts:
         return part, None
+    named = {key.removeprefix(part): key for key in fields if key.startswith(part)}
+    # No field of PEFT's has a dot in its name.
+    own = {name: fields[key] for name, key in named.items() if "." not in name}
     content = json.dumps({"peft_type": "LORA"} | own).encode()
     return part, config_json.decode(content, f"{KEY} in the header of {origin}").config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -10,12 +11,16 @@ from pathlib import Path
 from .. import assets, pointers
 from ..errors import AdapterError, AssetError, LoraError
 from ..intake import parse_json, read_bytes, reason
+from ..journal import settle
+from ..waiting import bytes_in, failure, within
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 
 MISSING_HUB = 'huggingface_hub is not installed: pip install "lora_jax[hub]"'
+
+_log = logging.getLogger(__name__)
 
 _NAME = r"\w[\w.-]*"
 _REPO = re.compile(rf"({_NAME}/{_NAME})((?:/{_NAME})*)(?:@(.*))?", re.ASCII | re.DOTALL)
@@ -41,13 +46,14 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
 
     Raises:
         AdapterError: the hub cannot be reached or lacks a file, its client is not installed, or
-            ``subfolder`` leads elsewhere.
+            ``subfolder`` leads elsewhere; or the directory was left in the middle of a change
+            that cannot be finished here.
     """
     if subfolder and not _FOLDER.fullmatch(subfolder):
         raise AdapterError(f"subfolder: got {subfolder!r}, wanted names joined by '/'")
     found = _REPO.fullmatch(name) if isinstance(name, str) else None
     if found is None or os.path.exists(name):
-        return Path(name) / (subfolder or "")
+        return settle(Path(name) / (subfolder or ""), AdapterError)
     repo, inner, revision = found.groups()
     if revision is not None and not (_REVISION.fullmatch(revision) and len(revision) < 200):
         raise AdapterError(
@@ -57,21 +63,27 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
     heading = f"no directory {name!r} was found, and {assets.endpoint()}/{repo} gave no adapter"
     offline = any(map(assets.is_set, assets.OFFLINE))
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise AdapterError(f"{heading}: {MISSING_HUB}") from error
     directory, commit = None, revision
+    kept = f"models--{repo.replace('/', '--')}"
 
     def download(file: str) -> Path:
         nonlocal commit
-        path = hf_hub_download(
-            repo,
-            f"{folder}/{file}" if folder else file,
-            # Further files are of the first one's commit, also when a push comes between.
-            revision=commit,
-            endpoint=assets.endpoint(),
-            local_files_only=offline,
+        path = within(
+            lambda: hf_hub_download(
+                repo,
+                f"{folder}/{file}" if folder else file,
+                # Further files are of the first one's commit, also when a push comes between.
+                revision=commit,
+                endpoint=assets.endpoint(),
+                local_files_only=offline,
+            ),
+            f"{assets.endpoint()}/{repo}",
+            arrived=lambda: bytes_in(Path(constants.HF_HUB_CACHE) / kept),
+            say=_log.warning,
         )
         commit = Path(path).parents[len(folder.split("/")) if folder else 0].name
         return Path(path).parent
@@ -93,7 +105,7 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
     # Its failures share no base class, and each means the same here.
     except Exception as error:
         raise AdapterError(
-            f"{heading}: {assets.one_line(str(error))}. An adapter has {CONFIG_NAME} and "
+            f"{heading}: {assets.one_line(failure(error))}. An adapter has {CONFIG_NAME} and "
             f"{WEIGHTS_NAME}; pickles are never read."
         ) from error
     assert directory is not None

@@ -16,7 +16,7 @@ from ..adapter import Adapters, Entry
 from ..buffers import apart
 from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
-from ..files import output_directory, write_atomic
+from ..files import claimed
 from ..intake import read_bytes
 from ..naming import Names
 from ..rewrite import Plan
@@ -76,6 +76,21 @@ def save_pretrained(
 
     Source: the file format of PEFT 0.21.2.
     """
+    files = encoded(plan, adapters, base_model=base_model, task_type=task_type, names=names)
+    with claimed(directory, overwrite=overwrite) as output:
+        output.write(files)
+    return output.directory
+
+
+def encoded(
+    plan: Plan,
+    adapters: Adapters,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    names: Names = paths.module_of,
+) -> dict[str, bytes]:
+    """Return the files that ``save_pretrained`` writes, by name; see there."""
     tensors.raise_misfits(plan, adapters)
     plan, adapters = without_ranges(plan, adapters)
     plan, adapters, names = views.to_file(plan, adapters, names)
@@ -86,8 +101,14 @@ def save_pretrained(
     if config.init_lora_weights == "eva":
         # How they began; beside this name PEFT wants the data's own configuration, too.
         config = replace(config, init_lora_weights=True)
-    file = AdapterFile(config, base_model, task_type)
-    return write_directory(directory, file, contents, overwrite=overwrite)
+    return _files(AdapterFile(config, base_model, task_type), contents)
+
+
+def _files(file: AdapterFile, contents: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    return {
+        WEIGHTS_NAME: safetensors.numpy.save(dict(contents), metadata={"format": "pt"}),
+        CONFIG_NAME: config_json.encode(file),
+    }
 
 
 def write_directory(
@@ -98,13 +119,10 @@ def write_directory(
     overwrite: bool = False,
 ) -> Path:
     """Write configuration and tensors, both whole or not at all; see ``save_pretrained``."""
-    files = {
-        WEIGHTS_NAME: safetensors.numpy.save(dict(contents), metadata={"format": "pt"}),
-        CONFIG_NAME: config_json.encode(file),
-    }
-    directory = output_directory(directory, overwrite=overwrite)
-    write_atomic({directory / name: content for name, content in files.items()})
-    return directory
+    files = _files(file, contents)
+    with claimed(directory, overwrite=overwrite) as output:
+        output.write(files)
+    return output.directory
 
 
 @overload

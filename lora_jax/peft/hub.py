@@ -16,6 +16,7 @@ from ..errors import AssetError, OutputError
 from ..naming import Names
 from ..rewrite import Plan
 from ..shown import escaped, in_markdown
+from ..waiting import failure, within
 from .download import MISSING_HUB
 from .files import load_config, save_pretrained
 
@@ -88,8 +89,8 @@ def push_to_hub(
         api = HfApi(endpoint=assets.endpoint(), token=token)
         try:
             assets.probe(assets.endpoint())
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if card is None and not api.file_exists(repo_id, CARD_NAME):
+            within(lambda: api.create_repo(repo_id, private=private, exist_ok=True), where)
+            if card is None and not within(lambda: api.file_exists(repo_id, CARD_NAME), where):
                 card = model_card(
                     load_config(directory), repo_id, base_model=base_model, task_type=task_type
                 )
@@ -102,7 +103,9 @@ def push_to_hub(
             raise OutputError(f"cannot write to {where}: {error}") from error
         # Its failures share no base class, and each means the same here.
         except Exception as error:
-            raise OutputError(f"cannot write to {where}: {assets.one_line(str(error))}") from error
+            raise OutputError(
+                f"cannot write to {where}: {assets.one_line(failure(error))}"
+            ) from error
     return commit.commit_url
 
 

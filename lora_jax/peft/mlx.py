@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,6 +40,7 @@ def converted(
     tensors: Mapping[str, np.ndarray],
     fields: Mapping[str, Any],
     lora_alpha: int | float | None = None,
+    modules: Collection[str] | None = None,
 ) -> Converted:
     """Return an MLX-LM adapter in PEFT's layout.
 
@@ -48,6 +48,7 @@ def converted(
         tensors: the file.
         fields: of its ``adapter_config.json``; empty where there is none.
         lora_alpha: numerator of the scale alpha / r, instead of what the fields say.
+        modules: of the model; None where they are not known.
 
     Raises:
         AdapterError: lists every tensor that has no place in PEFT's file or does not fit, and
@@ -68,9 +69,13 @@ def converted(
         problems += _value_problems(key, tensor)
     for module, parts in found.items():
         problems += _problems(module, parts)
+        if modules is not None and module not in modules:
+            problems.append(f"{module}: not among the modules")
     scale = _scale(fields) if lora_alpha is None else 0.0
     if isinstance(scale, str):
         problems.append(scale)
+    if len({"m" in parts for parts in found.values()}) == 2:
+        problems.append("DoRA's m: some modules have one and some have none")
     raise_all(AdapterError, "this MLX-LM adapter cannot be converted", sorted(problems))
     ranks = {
         module: (r, float(scale) * r if lora_alpha is None else lora_alpha)
@@ -78,14 +83,14 @@ def converted(
         for r in (int(parts["lora_b"].shape[0]),)
     }
     r, alpha = (Counter(each).most_common(1)[0][0] for each in zip(*ranks.values(), strict=True))
-    dora = {"m" in parts for parts in found.values()} == {True}
+    dora = any("m" in parts for parts in found.values())
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=_dropout(fields), use_dora=dora)
     new = {
         f"{PREFIX}{module}.{name}": np.ascontiguousarray(tensor)
         for module, parts in found.items()
         for name, tensor in _in_peft(module, parts)
     }
-    return Converted(replace(exact(config, ranks, (), ranks)), new, ranks)
+    return Converted(exact(config, ranks, (), ranks), new, ranks)
 
 
 def _in_peft(module: str, parts: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

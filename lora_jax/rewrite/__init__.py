@@ -3,13 +3,17 @@
 One rule for each primitive, in the modules that are imported first.
 """
 
-from . import (  # noqa: F401  (importing registers the rules)
+# Importing registers the rules.
+from . import (  # noqa: F401
     calls,
     complexes,
     derivatives,
     lookups,
+    places,
     products,
+    repeats,
     structure,
+    sums,
 )
 from .frugality import Frugality, frugality
 from .leaf import LeafPlan

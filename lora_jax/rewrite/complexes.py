@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from .. import lowrank
 from ..adapter import STACKED
+from . import moves
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
 from .weight import LoraWeight, turn
@@ -84,16 +85,19 @@ def imag(call: Call, weight: LoraWeight) -> Any:
 
 @rule("complex")
 def complex_(call: Call, re: Any, im: Any) -> LoraWeight:
-    """``W + i·array``, or ``array + i·W``."""
+    """``W + i·array``, or ``array + i·W``, or the sum of both where both are weights."""
     base = call.plain(base_of(re), base_of(im))
     if any(isinstance(part, LoraWeight) and part.gain is not None for part in (re, im)):
         raise Unsupported("DoRA scales the weight, and an array is added to it")
     if not isinstance(im, LoraWeight):
         return replace(re, base=base)
-    if isinstance(re, LoraWeight):
-        raise Unsupported("two weights are the parts of a complex one")
     weight = turn(im, base.dtype)
-    return replace(weight, base=base, b=None if weight.planning else weight.b * 1j)
+    weight = replace(weight, base=base, b=None if weight.planning else weight.b * 1j)
+    if not isinstance(re, LoraWeight):
+        return weight
+    if re.bias is not None or im.bias is not None:
+        raise Unsupported("lora_bias has no rule for a sum of weights")
+    return moves.add([turn(re, base.dtype), weight], base)
 
 
 def is_complex(dtype: DTypeLike) -> bool:

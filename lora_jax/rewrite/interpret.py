@@ -68,7 +68,9 @@ class Record:
         rejected: where it is used in a way that has no rule, and why.
         together: the parameters that cannot both be adapted, and why.
         formed: the paths whose ``W + s·A·B`` was formed.
+        met: the primitives that weights met while planning, by path.
         left_out: the weights that ``"all-linear"`` cannot adapt, and why; see ``left_out``.
+        alone: tells of a variable whether it is made of parameters and constants alone.
         dropout_key: the random key of this interpretation, None for no dropout.
         active: where masked adapters act, see ``alora.silenced``; None while planning.
         times: how often the loops around it run it.
@@ -82,7 +84,9 @@ class Record:
     rejected: dict[str, dict[Place, str]] = field(default_factory=dict)
     together: list[tuple[set[str], set[str], str]] = field(default_factory=list)
     formed: set[str] = field(default_factory=set)
+    met: dict[str, set[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    alone: Callable[[Any], bool] = lambda atom: False
     dropout_key: Any = None
     active: Any = None
     times: int = 1
@@ -315,6 +319,10 @@ def base_of(value: Any) -> Any:
 
 def _apply(call: Call, operands: list[Any]) -> list[Any]:
     name = call.eqn.primitive.name
+    for weight in filter(_is_weight, operands):
+        if weight.planning:
+            for path in weight.paths:
+                call.record.met.setdefault(path, set()).add(name)
     try:
         if name not in RULES:
             raise Unsupported("there is no rule for it")
@@ -322,12 +330,12 @@ def _apply(call: Call, operands: list[Any]) -> list[Any]:
             outs = RULES[name](call, *operands)
     except Exception as problem:
         why = _reason(problem, operands)
-        formed = [_formed(call.record, value) for value in operands]
-        if any(map(_is_weight, formed)) and any(map(_differ, formed, operands)):
-            return _apply(call, formed)
-        for weight in filter(_is_weight, formed):
+        whole = [formed(call.record, value) for value in operands]
+        if any(map(_is_weight, whole)) and any(map(_differ, whole, operands)):
+            return _apply(call, whole)
+        for weight in filter(_is_weight, whole):
             _reject(call, weight, why)
-        outs = call.plain(*map(base_of, formed))
+        outs = call.plain(*map(base_of, whole))
     outs = list(outs) if call.eqn.primitive.multiple_results else [outs]
     return [_typed(call, n, out) for n, out in enumerate(outs)]
 
@@ -356,8 +364,8 @@ def _typed(call: Call, n: int, out: Any) -> Any:
         return replace(out, base=meshes.as_typed(out.base, wanted))
 
 
-def _formed(record: Record, value: Any) -> Any:
-    """Return ``W + s·A·B`` where the plan lets it be formed."""
+def formed(record: Record, value: Any) -> Any:
+    """Return ``W + s·A·B`` of a weight where the plan lets it be formed, anything else as it is."""
     if not _is_weight(value) or not all(leaf.materialize for leaf in value.leaves):
         return value
     if value.bias is not None:  # no weight holds it

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from .. import changes, lowrank
 from ..adapter import IN, OUT, STACKED
 from .registry import Unsupported
-from .weight import STACK, UNIT, Label, LoraWeight, factor_axes, mirror, turn, with_letters
+from .weight import STACK, Label, LoraWeight, factor_axes, mirror, turn, with_letters
 
 
 def transpose(weight: LoraWeight, permutation: Sequence[int]) -> LoraWeight:
@@ -55,8 +55,9 @@ def reshape(weight: LoraWeight, shape: Sequence[int], base: Any = None) -> LoraW
     """
     shape = tuple(shape)
     origin: list[frozenset[Label]] = []
-    looped = weight.looped
     blocks = _blocks(weight.base.shape, shape)
+    weight = _repeats_as_own(weight, [old for old, _ in blocks])
+    looped = weight.looped
     kept = frozenset().union(*(weight.origin[axis] for old, new in blocks if new for axis in old))
     for old, new in blocks:
         labels = frozenset().union(*(weight.origin[axis] for axis in old))
@@ -67,27 +68,39 @@ def reshape(weight: LoraWeight, shape: Sequence[int], base: Any = None) -> LoraW
             looped |= labels
         if not weight.planning:
             weight.letter(labels)  # refuses an axis of A merged with one of B
-            kinds = {weight.letters[axis] for axis in old if weight.base.shape[axis] > 1}
-            if UNIT in kinds and len(kinds) > 1:
-                raise Unsupported("an axis along which the weight is repeated becomes part of one")
         origin += [labels] * len(new)
     base = lax.reshape(weight.base, shape) if base is None else base
     moved = replace(weight, base=base, origin=tuple(origin), looped=looped)
     return moved if weight.planning else with_letters(moved, moved.letters)
 
 
+def _repeats_as_own(weight: LoraWeight, blocks: Sequence[Sequence[int]]) -> LoraWeight:
+    """Return the weight with the repetitions that merge with an axis as a part of that axis.
+
+    ``jnp.repeat`` of a weight's heads is such: the factor that has the axis is repeated along it.
+    """
+    origin, sizes = list(weight.origin), weight.base.shape
+    for block in blocks:
+        labels = frozenset().union(*(weight.origin[axis] for axis in block))
+        for axis in block:
+            if labels and not origin[axis] and sizes[axis] > 1:
+                origin[axis] = labels
+    grown = replace(weight, origin=tuple(origin))
+    if weight.planning or grown.origin == weight.origin:
+        return grown
+    return replace(with_letters(weight, grown.letters), origin=grown.origin)
+
+
 def broadcast(
     weight: LoraWeight, shape: Sequence[int], axes: Sequence[int], base: Any = None
 ) -> LoraWeight:
-    """Return the weight repeated along new axes; ``axes`` are those that its own become.
+    """Return the weight repeated along axes; ``axes`` are those that its own become.
 
     ``base`` is the frozen array where the author says how it is sharded then.
-
-    Raises:
-        Unsupported: one of its own axes of size 1 is repeated.
     """
-    if [shape[axis] for axis in axes] != list(weight.base.shape):
-        raise Unsupported("an axis of size 1 is repeated")
+    sizes = zip(axes, weight.base.shape, weight.origin, strict=True)
+    grown = [n for n, (axis, size, own) in enumerate(sizes) if own and shape[axis] != size]
+    weight = cut(weight, lambda array, at, n: jnp.repeat(array, shape[axes[n]], at), grown)
     own = dict(zip(axes, weight.origin, strict=True))
     origin = tuple(own.get(axis, frozenset()) for axis in range(len(shape)))
     base = lax.broadcast_in_dim(weight.base, shape, axes) if base is None else base
@@ -133,14 +146,7 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     whole = replace(weights[0], base=base, **joined)
     if whole.planning:
         return whole
-    if len({weight.letters for weight in weights}) > 1:
-        raise Unsupported(
-            f"weights with the axes {sorted({w.letters for w in weights})} are joined"
-        )
-    scale = changes.common_scale(weights)
-    if scale is None:
-        weights = [replace(w, a=lowrank.scaled(w.a, w)) for w in weights]
-        scale = 1.0
+    weights, scale = _of_one_scale(weights)
     letter = weights[0].letters[axis]
     if axis_is_new:
         weights = [with_letters(w, w.letters) for w in weights]
@@ -150,6 +156,35 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     b = _join(whole_parts, weights, axis, OUT, block=letter == OUT)
     gain, bias = (_join_thin(whole_parts, weights[0], axis, name) for name in _ABSENT)
     return replace(whole, a=a, b=b, scale=scale, gain=gain, bias=bias)
+
+
+def add(weights: Sequence[LoraWeight], base: Any) -> LoraWeight:
+    """Return one weight for a sum of several: ``[A₁ A₂]·[B₁; B₂]``, with this base.
+
+    Raises:
+        Unsupported: they give an axis different letters.
+    """
+    weights = _alike(list(weights), base.dtype)
+    whole = replace(weights[0], base=base, **_join_labels(weights))
+    if whole.planning:
+        return whole
+    weights, scale = _of_one_scale(weights)
+    rank = weights[0].letters.count(STACKED)
+    a = lax.concatenate([weight.a for weight in weights], weights[0].a.ndim - 1)
+    b = lax.concatenate([weight.b for weight in weights], rank)
+    return replace(whole, a=a, b=b, scale=scale)
+
+
+def _of_one_scale(weights: list[LoraWeight]) -> tuple[list[LoraWeight], Any]:
+    """Return weights of the same letters with one scale, and that."""
+    if len({weight.letters for weight in weights}) > 1:
+        raise Unsupported(
+            f"weights with the axes {sorted({w.letters for w in weights})} are joined"
+        )
+    scale = changes.common_scale(weights)
+    if scale is None:
+        return [replace(w, a=lowrank.scaled(w.a, w)) for w in weights], 1.0
+    return weights, scale
 
 
 def _base(part: Any) -> Any:

@@ -77,7 +77,9 @@ class Plan:
         shapes = {leaf.path: leaf.shape for leaf in self.leaves}
         return sum(map(math.prod, shapes.values()))
 
-    def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
+    def init(
+        self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32, *, params: Any = None
+    ) -> dict[str, Entry]:
         """Return fresh adapters: ``ΔW = 0`` unless the configuration says otherwise.
 
         Each path draws from its own key, so another target changes nothing for this one. Where the
@@ -88,15 +90,29 @@ class Plan:
         Args:
             key: the random key.
             dtype: of A, B and rows; float32 beside a base of any dtype, as in PEFT.
+            params: the parameters, where the plan was made from shapes. DoRA's magnitudes, rows and
+                leaves trained in full start from their values.
 
         Raises:
-            ConfigError: the initialisation reads more than shapes, as ``"pissa"`` does.
+            ConfigError: the initialisation reads more than shapes, as ``"pissa"`` does; or lists
+                what starts from values that were not given.
+
+        >>> config = LoraConfig(r=1, target_modules=["w"], use_dora=True)
+        >>> shapes, params = {"w": jax.ShapeDtypeStruct((1, 2), "float32")}, {"w": jnp.ones((1, 2))}
+        >>> found = plan(lambda p, x: x @ p["w"], shapes, config, jnp.ones((3, 1)))
+        >>> found.init(jax.random.key(0), params=params)["w"].magnitude.tolist()
+        [1.0, 1.0]
         """
+        own = self if params is None else self.with_params(params)
+        return own._init(key, dtype)
+
+    def _init(self, key: Key[Array, ""], dtype: DTypeLike) -> dict[str, Entry]:
         if reads_more(self.config.init_lora_weights):
             raise ConfigError(
                 f"init_lora_weights={self.config.init_lora_weights!r} reads the weights: use "
                 "base, adapters = lora_jax.inits.initialise(plan, params, key), and that base"
             )
+        self._reject_shapes()
         adapters: dict[str, Entry] = {}
         for leaf in self.adapted:
             init, own = self.config.init_lora_weights, fold_in_path(key, leaf.name)
@@ -119,7 +135,11 @@ class Plan:
 
         Args:
             dtype: of the rows; leaves keep the parameter's.
+
+        Raises:
+            ConfigError: lists them where the plan was made from shapes.
         """
+        self._reject_shapes()
         leaves: dict[str, Entry] = {
             path: Full(jnp.array(value, copy=True)) for path, value in self.full.items()
         }
@@ -130,6 +150,37 @@ class Plan:
             for leaf in self.leaves
             if leaf.rows
         }
+
+    def with_params(self, params: Any) -> Plan:
+        """Return the plan with these parameters where it had others, or their shapes.
+
+        Raises:
+            ConfigError: lists those that are missing or of another shape.
+        """
+        leaves, problems = paths.flatten(params), []
+        values: dict[str, dict[str, Any]] = {}
+        for name in ("full", "normed", "rows"):
+            planned = getattr(self, name)
+            values[name] = {path: leaves.get(path) for path in planned}
+            for path, old in planned.items():
+                got = tuple(leaves[path].shape) if path in leaves else None
+                if got != tuple(old.shape):
+                    problems.append(f"{path}: got {got}, not {tuple(old.shape)}")
+        raise_all(ConfigError, "these parameters are not the plan's", sorted({*problems}))
+        return replace(self, **values)
+
+    def _reject_shapes(self) -> None:
+        why = {"full": "trained in full", "normed": "its norms are DoRA's", "rows": "rows of it"}
+        raise_all(
+            ConfigError,
+            "the plan was made from shapes, and these start from values: give init params=params",
+            (
+                f"{path}: {said}"
+                for name, said in why.items()
+                for path, value in getattr(self, name).items()
+                if isinstance(value, jax.ShapeDtypeStruct)
+            ),
+        )
 
     def abstract(self, dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
         """Return the adapters' shapes and dtypes without drawing them."""
@@ -176,9 +227,13 @@ def plan(
     select.refuse_hanging(config, leaves)
     traced = trace(fn, params, args, kwargs)
     record = survey.survey(traced)
-    if config.target_modules == configs.ALL_LINEAR:
+    if isinstance(config.target_modules, str) or any(
+        map(left_out.is_whole_numbers, leaves.values())
+    ):
         record.left_out.update(left_out.weights(traced, record))
     targets = select.targets(config, leaves, record)
+    if config.target_modules == configs.ALL_LINEAR:
+        targets -= left_out.no_weights(traced, record) - select.bare(config, leaves)
     select.reject_pairs(targets, record)
     select.reject_shared(config, leaves, record)
     if config.lora_bias:

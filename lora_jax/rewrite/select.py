@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from .. import paths
 from ..adapter import IN, OUT, STACKED
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import PlanError, raise_all
+from . import hints
 from .interpret import Record, bias_problem
 from .tokens import tied_head
 
@@ -63,6 +63,7 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
     else:
         named = {path for path in leaves if _is_target(config, path)}
         named -= _companions(config.target_modules, named, record)
+        named = _matrices(config, named, record)
     excluded = {path for path in named if _named(config.exclude_modules, path)}
     saved = {path for path in named if configs.is_saved(config, paths.module_of(path))}
     chosen = {path for path in named - excluded - saved if could_adapt(leaves[path])}
@@ -187,12 +188,19 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
         _bare_problems(config, leaves, record),
     )
     _tell_unmatched(config, targets, leaves, record)
-    problems = []
+    # A module's weight of whole numbers, where others that the pattern names are adapted.
+    problems = [
+        f"{path}: {why}"
+        for path, why in sorted(record.left_out.items())
+        if config.target_modules != ALL_LINEAR
+        and not could_adapt(leaves[path])
+        and _is_target(config, path)
+        and not _named(config.exclude_modules, path)
+        and not configs.is_saved(config, paths.module_of(path))
+    ]
     for path in sorted(targets):
-        # A weight that is formed has no place for a bias.
-        if configs.materializes(config, paths.module_of(path)) and not config.lora_bias:
-            continue
-        problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
+        if not _may_be_formed(config, path):
+            problems += [f"{path}: {why}" for why in record.rejected.get(path, {}).values()]
         if path not in record.rejected and path not in record.sites:
             problems.append(f"{path}: the function never uses it")
     raise_all(
@@ -245,6 +253,19 @@ def _companions(names: Any, named: set[str], record: Record) -> set[str]:
     }
 
 
+def _matrices(config: LoraConfig, named: set[str], record: Record) -> set[str]:
+    """Return what a regular expression names without what is no matrix, as in PEFT.
+
+    A norm's scale or a bias is none, also where layers are stacked or it has the axes of heads:
+    it meets the data element by element. Where an expression names nothing else, it stays.
+    """
+    if not isinstance(config.target_modules, str):
+        return named
+    weights = record.sites.keys() | record.left_out.keys()
+    found = {path for path in named if path in weights or path not in record.rejected}
+    return found if found & weights else named
+
+
 def _is_bias(path: str) -> bool:
     return paths.leaf_name(path) in paths.BIAS_NAMES
 
@@ -268,16 +289,39 @@ def _tell_unmatched(config: LoraConfig, targets: set[str], leaves: Leaves, recor
         )
         warnings.warn(f"the configuration names what this model has not: {listed}", stacklevel=4)
         return
-    modules = {paths.module_of(path): None for path in leaves}
+    if not unmatched:
+        return
+    every = dict.fromkeys(map(paths.module_of, leaves))
+    weights = dict.fromkeys(map(paths.module_of, record.sites.keys() & leaves.keys()))
+    bare_names = dict.fromkeys(path.replace("/", ".") for path in leaves)
+    known = {"target_modules": sorted(weights) or every, "target_parameters": bare_names}
+    reasons = {path: _why(config, path, leaves, record) for path in leaves}
+
+    def said(name: str, pattern: str) -> str:
+        if name == "layers_to_transform":
+            return "which is the number of no layer with a target"
+        given = _alike(getattr(config, name), pattern)
+        why = reasons if name == "target_modules" else dict.fromkeys(leaves, "")
+        return hints.hint(given, why, known.get(name, every)) + tied_head(pattern, record)
+
     raise_all(
         PlanError,
         "these patterns match no module",
-        (
-            f"{name}: got {pattern!r}, wanted a module such as {_close(pattern, modules)}"
-            f"{tied_head(pattern, record)}"
-            for name, pattern in unmatched
-        ),
+        (f"{name}: got {pattern!r}, {said(name, pattern)}" for name, pattern in unmatched),
     )
+
+
+def _why(config: LoraConfig, path: str, leaves: Leaves, record: Record) -> str:
+    """Return why a parameter is no target though a pattern names it; empty where it may be one."""
+    leaf = leaves[path]
+    if path in record.left_out:
+        return record.left_out[path]
+    if not could_adapt(leaf):
+        return f"{leaf.dtype}{tuple(leaf.shape)}, no matrix of floating point"
+    if _named(config.exclude_modules, path):
+        return "exclude_modules takes it out"
+    chosen = configs.in_chosen_layer(config, path.replace("/", "."))
+    return "" if chosen else "layers_to_transform leaves its layer out"
 
 
 def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterator[tuple[str, str]]:
@@ -309,6 +353,15 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
             modules = (owner.get(path, configs.name_in_patterns(config, path)) for path in targets)
             if not any(configs.hits(pattern, module) for module in modules):
                 yield field_name, pattern
+    for pattern in config.output_slices:
+        modules = (owner.get(path, paths.module_of(path)) for path in targets)
+        if not any(configs.hits(pattern, module) for module in modules):
+            yield "output_slices", pattern
+    named = () if config.on_unsupported in ("error", "materialize") else config.on_unsupported
+    for name in _each(named):
+        one = _alike(config.on_unsupported, name)
+        if not any(configs.matches(one, paths.module_of(path)) for path in leaves):
+            yield "on_unsupported", name
 
 
 def _each(names: Any) -> tuple[str, ...]:
@@ -334,12 +387,6 @@ def _bare_problems(config: LoraConfig, leaves: Leaves, record: Record) -> Iterat
             yield f"{path}: target_modules means it, too"
         if configs.is_saved(config, paths.module_of(path)):
             yield f"{path}: modules_to_save trains it in full"
-
-
-def _close(pattern: str, modules: Mapping[str, None]) -> str:
-    tails = {module.rpartition(".")[2]: module for module in modules}
-    close = [tails[name] for name in difflib.get_close_matches(pattern, tails, n=3, cutoff=0.4)]
-    return _some(close or modules)
 
 
 def _some(names: Any, most: int = 6) -> str:

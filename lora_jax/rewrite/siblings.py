@@ -21,7 +21,7 @@ from .weight import LoraWeight, adapter_at
 # What a weight goes through on its way without meeting data.
 _STRUCTURE = frozenset(
     "transpose reshape squeeze expand_dims broadcast_in_dim slice dynamic_slice copy copy_p "
-    "convert_element_type stop_gradient neg".split()
+    "convert_element_type stop_gradient neg name".split()
 )
 # What a layer does to an input before its product, and its siblings do as well.
 _VIEWS = frozenset("reshape squeeze expand_dims copy copy_p convert_element_type".split())

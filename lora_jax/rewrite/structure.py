@@ -99,7 +99,7 @@ def unstack(call: Call, weight: LoraWeight) -> list[LoraWeight]:
 @rule("concatenate")
 def concatenate(call: Call, *parts: Any) -> LoraWeight:
     """Join weights, and arrays among them, into one."""
-    return moves.concatenate(parts, call.params["dimension"])
+    return moves.concatenate(parts, int(call.params["dimension"]))
 
 
 @rule("stack")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .interpret import Record, Site, interpret
 from .leaf import LeafPlan
+from .made import Alone
 from .select import could_adapt
 from .trace import Traced
 from .transform import reject_outputs, run_adapted
@@ -19,7 +20,7 @@ from .weight import enter, same_use
 
 def survey(traced: Traced) -> Record:
     """Find every site of every parameter that could be a matmul weight."""
-    record = Record()
+    record = Record(alone=Alone(traced))
 
     def run(*operands: Any) -> list[Any]:
         values = list(operands)
@@ -41,13 +42,17 @@ def survey(traced: Traced) -> Record:
 def rehearse(traced: Traced, rows: Iterable[LeafPlan], record: Record) -> None:
     """Record what has no rule for these adapters, by running the call with their shapes.
 
-    The survey follows weights without A and B. What only DoRA or aLoRA meet, and weights whose
-    uses differ, is seen with them; other adapters need no second run.
+    The survey follows weights without A and B. What only DoRA or aLoRA meet, weights whose uses
+    differ, and what their letters could forbid is seen with them; other adapters need no second
+    run.
     """
     rows = [
         replace(row, columns=None)
         for row in rows
-        if row.dora or row.masked or len({s.letters for s in record.sites[row.path].values()}) > 1
+        if row.dora
+        or row.masked
+        or record.met.get(row.path, set()) - _SURVEYED
+        or len({s.letters for s in record.sites[row.path].values()}) > 1
     ]
     if not rows:
         return
@@ -58,13 +63,21 @@ def rehearse(traced: Traced, rows: Iterable[LeafPlan], record: Record) -> None:
         for row in rows:
             a, b = jnp.zeros(row.a_shape), jnp.zeros(row.b_shape)
             magnitude = jnp.zeros(row.magnitude_shape) if row.dora else None
-            adapters[row.path] = row.adapter(a, b, magnitude=magnitude)
+            bias = jnp.zeros(row.bias_shape) if row.biased else None
+            adapters[row.path] = row.adapter(a, b, magnitude=magnitude, bias=bias)
         run_adapted(rehearsal, traced, operands, adapters)
         return []
 
     _on_shapes(run, traced)
     for path, found in rehearsal.rejected.items():
         record.rejected.setdefault(path, {}).update(found)
+
+
+# What asks nothing of the letters of a weight with one use that the survey does not see.
+_SURVEYED = frozenset(
+    "dot_general transpose squeeze expand_dims convert_element_type copy copy_p name stop_gradient "
+    "jit pjit closed_call checkpoint remat remat2 scan reshape slice conv_general_dilated".split()
+)
 
 
 def _on_shapes(run: Callable[..., Any], traced: Traced) -> None:

@@ -9,7 +9,8 @@ from .. import calling, changes, paths, rows
 from ..adapter import Adapter, Adapters, Full, Rows, check_fit
 from ..alora import check_active, masked
 from ..errors import AdapterError, raise_all
-from .interpret import Record, interpret
+from .interpret import Record, formed, interpret
+from .made import Alone
 from .trace import Traced, trace
 from .weight import LoraWeight, enter
 
@@ -93,7 +94,8 @@ def run_adapted(
             values[place] = enter(path, base, rows.pair(base, whole))
         elif path in parts:
             values[place] = enter(path, base, changes.joined(parts[path], base.shape))
-    outs = interpret(record, traced.closed, values)
+    record.alone = Alone(traced)
+    outs = [formed(record, out) for out in interpret(record, traced.closed, values)]
     reject_outputs(record, outs)
     return outs
 

@@ -344,6 +344,8 @@ def split(weight: LoraWeight) -> tuple[Any, ...]:
     Raises:
         Unsupported: that axis is not stacked in the adapter.
     """
+    if not weight.planning and weight.letters[0] == UNIT:  # the same weight in every step
+        return parts(with_letters(weight, STACKED + weight.letters[1:]))
     if not weight.planning and weight.letters[0] != STACKED:
         raise Unsupported("the scan runs over an axis that its adapter does not stack")
     return parts(weight)

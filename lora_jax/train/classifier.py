@@ -17,6 +17,7 @@ from ..assets import resolve_model
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..intake import parse_json, read_bytes, reason
+from ..journal import settle
 from ..models import from_pretrained
 from ..models.bert import BertConfig
 from ..rewrite import Plan, plan
@@ -98,7 +99,7 @@ def load_classifier(
     check_length(max_length, positions)
     model, params = from_pretrained(directory, len(classes), seed=seed)
     local = os.path.isdir(name)
-    base_model = str(Path(name).resolve()) if local else _HUB_NAMES.get(str(name), str(name))
+    base_model = os.path.realpath(name) if local else _HUB_NAMES.get(str(name), str(name))
     tokenizer = load_tokenizer(directory)
     return Classifier(directory, base_model, model, params, tokenizer, classes, max_length)
 
@@ -144,7 +145,7 @@ def read_record(directory: str | Path) -> Record:
     Raises:
         AdapterError: it is missing, unreadable or lacks a field.
     """
-    path = Path(directory) / RECORD_NAME
+    path = settle(Path(directory), AdapterError) / RECORD_NAME
     pointers.refuse(path, AdapterError)
     try:
         fields = parse_json(read_bytes(path))

@@ -6,20 +6,20 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from .. import signals
 from ..adapter import Adapters
 from ..assets import SMS_SPAM, fetch
 from ..config import ALL_LINEAR, LoraConfig
-from ..errors import ConfigError, DataError, OutputError, TrainingError, raise_all
-from ..files import output_directory, write_atomic
-from ..peft import save_pretrained
-from ..peft.files import WEIGHTS_NAME
+from ..errors import ConfigError, DataError, TrainingError, raise_all
+from ..files import Output, claimed
+from ..peft.files import WEIGHTS_NAME, encoded
 from ..rewrite import Plan, lora
 from . import data, limits, reading
 from .classifier import RECORD_NAME, Classifier, Record, encode_record, load_classifier
@@ -38,9 +38,9 @@ from .loop import (
     score_rows,
 )
 from .report import append, curves, plain
+from .saving import Saver
 from .step import Evaluate, make_evaluate, make_step, optimizer, schedule, start
 
-METRICS_NAME, CURVES_NAME = "metrics.jsonl", "curves.png"
 HEAD = "classifier"
 
 # Of fewer texts a part would be empty.
@@ -153,8 +153,10 @@ def finetune(
 ) -> Result:
     """Train, test and save: PEFT's two files, ``run.json``, ``metrics.jsonl``, ``curves.png``.
 
-    The adapter is saved after every epoch and whenever training stops. Equal options give
-    byte-identical adapter files on the same machine.
+    The adapter is saved after every epoch and whenever training stops; until the first time,
+    the files of an earlier run stay. Equal options give byte-identical adapter files on the
+    same machine. Called in the main thread, SIGTERM and SIGHUP end it as Ctrl-C does, unless
+    they are ignored or have a handler of their own.
 
     Args:
         options: what to do; checked before anything is downloaded or compiled.
@@ -163,29 +165,40 @@ def finetune(
     Raises:
         LoraError: something cannot be used, with what to do about it.
         NotFinite: training broke down; the last good adapters are saved.
-        Interrupted: Ctrl-C during training; the last good adapters are saved.
+        Interrupted: a signal to end, such as Ctrl-C's, during training; the last good adapters
+            are saved.
     """
-    job = _prepare(options, observe)
+    config, loop = _check(options)
+    own = None if options.data is None else _read_own(options)
+    # What the first signal begins, saving, the next one must not break off.
+    with signals.ending(once=True) as check:
+        with claimed(options.output, overwrite=options.overwrite) as output:
+            job = _prepare(options, config, loop, own, output, observe)
+            return _run(job, check, observe)
+
+
+def _run(job: _Job, check: Callable[[], None], observe: Observe) -> Result:
     before = score_rows(job.evaluate, job.params, job.adapters, job.test, job.loop)
     if not math.isfinite(before.loss):
         raise TrainingError(
             f"before the first step the loss on the test texts is {before.loss}: the values "
-            f"overflow in the model {options.model} itself, so that no learning rate will do"
+            f"overflow in the model {job.options.model} itself, so that no learning rate will do"
         )
     sizes = (len(job.train.labels), len(job.validation.labels), len(job.test.labels))
     observe(Planned(job.plan, sizes, before.accuracy))
     began = time.perf_counter()
     try:
-        trained = _train(job, observe)
+        trained = _train(job, check, observe)
     except (NotFinite, Interrupted) as stop:
-        _save(job, stop.trained)
-        _draw(job, stop.trained.reason)
+        with signals.waiting():
+            job.saver.save(_files(job, stop.trained), f"step {stop.trained.steps}")
+            _draw(job, stop.trained.reason)
         raise
     seconds = time.perf_counter() - began
-    _save(job, trained)
+    job.saver.save(_files(job, trained), f"step {trained.steps}")
     after = score_rows(job.evaluate, job.params, trained.adapters, job.test, job.loop)
     result = Result(
-        directory=job.directory,
+        directory=job.saver.output.directory,
         trainable=job.plan.trainable,
         share=_share(job.plan),
         accuracy_before=before.accuracy,
@@ -195,9 +208,10 @@ def finetune(
         stop=trained.reason,
         seconds=seconds,
         median_step_seconds=trained.median_step_seconds,
-        adapter_bytes=(job.directory / WEIGHTS_NAME).stat().st_size,
+        adapter_bytes=(job.saver.output.directory / WEIGHTS_NAME).stat().st_size,
     )
-    _save(job, trained, result)
+    # The adapter stands: what cannot be written from here on is said, and the result counts.
+    job.saver.attempt(lambda: job.saver.save(_files(job, trained, result), f"step {trained.steps}"))
     _draw(job, f"test accuracy {before.accuracy:.1%} → {after.accuracy:.1%}")
     return result
 
@@ -207,7 +221,7 @@ class _Job:
     """Everything that is fixed before the first step."""
 
     options: FinetuneOptions
-    directory: Path
+    saver: Saver
     classifier: Classifier
     plan: Plan
     adapters: Adapters
@@ -216,20 +230,23 @@ class _Job:
     train: Rows
     validation: Rows
     test: Rows
-    events: list[Event] = field(default_factory=list)
 
     @property
     def params(self) -> Any:
         return self.classifier.params
 
 
-def _prepare(options: FinetuneOptions, observe: Observe) -> _Job:
+def _prepare(
+    options: FinetuneOptions,
+    config: LoraConfig,
+    loop: LoopOptions,
+    own: TextData | None,
+    output: Output,
+    observe: Observe,
+) -> _Job:
     def note(text: str) -> None:
         observe(Note(text))
 
-    config, loop = _check(options)
-    own = None if options.data is None else _read_own(options)
-    directory = output_directory(options.output, overwrite=options.overwrite)
     texts = _read_sms(options, note) if own is None else own
     parts = _parts(options, texts, note)
     classifier = load_classifier(
@@ -247,7 +264,7 @@ def _prepare(options: FinetuneOptions, observe: Observe) -> _Job:
     rate = schedule(options.learning_rate, total_steps=loop.steps(train))
     return _Job(
         options=options,
-        directory=directory,
+        saver=Saver(output, note, append),
         classifier=classifier,
         plan=plan,
         adapters=plan.init(jax.random.key(options.seed)),
@@ -267,8 +284,8 @@ def _check(options: FinetuneOptions) -> tuple[LoraConfig, LoopOptions]:
             Range("weight_decay", options.weight_decay, 0, limits.RATE),
             Range("lora_alpha", options.lora_alpha, -limits.RATE, limits.RATE),
             Range("epochs", options.epochs, 1, limits.EPOCHS),
-            Range("seed", options.seed, 0, 2**32 - 1),
-            Range("split_seed", options.split_seed, 0, 2**32 - 1),
+            Range("seed", options.seed, 0, limits.SEED),
+            Range("split_seed", options.split_seed, 0, limits.SEED),
         ]
     )
     problems += limits.step_problems(options.batch_size, options.max_length)
@@ -332,28 +349,18 @@ def _parts(
     return parts
 
 
-def _train(job: _Job, observe: Observe) -> Trained:
+def _train(job: _Job, check: Callable[[], None], observe: Observe) -> Trained:
     options = job.options
     total = job.loop.steps(job.train)
     tx = optimizer(options.learning_rate, options.weight_decay, total_steps=total)
-    write_atomic({job.directory / METRICS_NAME: b""})
-
-    said: set[str] = set()
-
-    def attempt(write: Callable[..., None], *args: Any) -> None:
-        # The last good adapters are in memory: what cannot be written now may be at the end.
-        try:
-            write(*args)
-        except OutputError as error:
-            if str(error) not in said:
-                observe(Note(str(error)))
-            said.add(str(error))
 
     def record(event: Event) -> None:
-        job.events.append(event)
-        attempt(append, job.directory / METRICS_NAME, event)
+        check()
+        job.saver.record(event)
         if isinstance(event, EpochEvent):
-            attempt(_save, job, Trained(event.adapters, event.step, "training", math.nan))
+            trained = Trained(event.adapters, event.step, "training", math.nan)
+            # The last good adapters are in memory: what cannot be written now may be at the end.
+            job.saver.attempt(lambda: job.saver.save(_files(job, trained), f"epoch {event.epoch}"))
         observe(event)
 
     step = make_step(lora(job.classifier.apply), tx)
@@ -361,16 +368,10 @@ def _train(job: _Job, observe: Observe) -> Trained:
     return fit(step, job.evaluate, state, job.params, job.train, job.validation, job.loop, record)
 
 
-def _save(job: _Job, trained: Trained, result: Result | None = None) -> None:
+def _files(job: _Job, trained: Trained, result: Result | None = None) -> dict[str, bytes]:
+    """Return PEFT's two files and ``run.json``."""
     base = job.classifier.base_model
-    save_pretrained(
-        job.directory,
-        job.plan,
-        trained.adapters,
-        base_model=base,
-        task_type="SEQ_CLS",
-        overwrite=True,
-    )
+    files = encoded(job.plan, trained.adapters, base_model=base, task_type="SEQ_CLS")
     record = Record(base, job.classifier.classes, job.classifier.max_length)
     more = {
         "options": plain(job.options),
@@ -378,12 +379,12 @@ def _save(job: _Job, trained: Trained, result: Result | None = None) -> None:
         "stop": trained.reason,
         "result": None if result is None else plain(result),
     }
-    write_atomic({job.directory / RECORD_NAME: encode_record(record, more)})
+    return {**files, RECORD_NAME: encode_record(record, more)}
 
 
 def _draw(job: _Job, title: str) -> None:
-    content = curves(job.events, f"LoRA on {job.classifier.base_model}: {title}")
-    write_atomic({job.directory / CURVES_NAME: content})
+    heading = f"LoRA on {job.classifier.base_model}: {title}"
+    job.saver.draw(lambda: curves(job.saver.events, heading))
 
 
 def _share(plan: Plan) -> float:

@@ -14,6 +14,7 @@ TOKENS = 1 << 20
 STEPS = (1 << 31) - 1
 """Steps of a training, which the schedule counts in 32 bits."""
 
+SEED = (1 << 32) - 1
 EPOCHS = 1_000_000
 RATE = 1e6
 

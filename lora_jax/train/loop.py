@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from .. import signals
 from ..adapter import Adapters
 from ..errors import ConfigError, TrainingError, raise_all
 from .data import Tokens, batches
@@ -141,11 +140,16 @@ class NotFinite(TrainingError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training; ``trained`` holds what the last whole step left."""
+    """A signal to end during training, such as Ctrl-C's.
 
-    def __init__(self, trained: Trained) -> None:
+    Args:
+        trained: what the last whole step left.
+        number: the signal's.
+    """
+
+    def __init__(self, trained: Trained, number: int = signal.SIGINT) -> None:
         super().__init__(trained.reason)
-        self.trained = trained
+        self.trained, self.number = trained, number
 
 
 def fit(
@@ -186,7 +190,8 @@ def fit(
                 return run.end(f"no better validation accuracy in {options.patience} epochs")
         return run.end("finished")
     except KeyboardInterrupt as stop:
-        raise Interrupted(run.trained("interrupted")) from stop
+        trained = run.trained(signals.interrupted(stop))
+        raise Interrupted(trained, signals.number_of(stop)) from stop
 
 
 def score_rows(
@@ -204,7 +209,8 @@ def _epoch(run: _Run, step: Step, params: Any, rows: Rows, epoch: int) -> Score:
     size, seed = options.batch_size, options.seed
     for batch in batches(rows.tokens, rows.labels, size, seed=seed, epoch=epoch, shuffle=True):
         began = time.perf_counter()
-        with _interrupts_wait():
+        # Between a donation and its result there is no state to keep.
+        with signals.waiting():
             run.state, metrics = step(run.state, params, batch)
             metrics = jax.device_get(metrics)
         if not metrics.finite:
@@ -213,24 +219,6 @@ def _epoch(run: _Run, step: Step, params: Any, rows: Rows, epoch: int) -> Score:
         seconds = time.perf_counter() - began
         run.observe(run.step_event(epoch, metrics, tally, seconds))
     return tally.score()
-
-
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Hold Ctrl-C back: between a donation and its result there is no state to keep."""
-    previous = signal.getsignal(signal.SIGINT)
-    # Only the main thread may set handlers; one that Python did not install cannot be put back.
-    if threading.current_thread() is not threading.main_thread() or previous is None:
-        yield
-        return
-    pending: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _epoch_event(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,25 +10,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .. import paths
 from ..adapter import Adapters
+from ..assets import refuse_other_layout
 from ..errors import (
-    AdapterError,
     ConfigError,
     DataError,
     OutputError,
     TrainingError,
     raise_all,
 )
-from ..files import output_directory
-from ..merging import merge, overflow
-from ..models import save_model
+from ..files import claimed
+from ..merging import merge
+from ..models import model_files
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
 from ..shown import shortened
+from . import limits
 from .classifier import Classifier, load_classifier, read_record
 from .data import batches
-from .limits import step_problems
+from .limits import Range, step_problems
+from .reading import SURROGATE
 
 Note = Callable[[str], None]
 
@@ -67,9 +69,17 @@ def predict(
     """
     if not texts:
         raise DataError("no text to classify; give some, or a table that has some")
+    problems = [
+        f"text {i}: got {text!r}, wanted Unicode text"
+        for i, text in enumerate(texts, start=1)
+        if SURROGATE.search(text)
+    ]
+    raise_all(DataError, "these texts cannot be read", problems)
     size = min(batch_size, len(texts))
     record = read_record(directory)
-    raise_all(ConfigError, "these options are out of range", step_problems(size, record.max_length))
+    found = limits.problems([Range("batch_size", batch_size, 1, limits.TOKENS)])
+    found += [] if found else step_problems(size, record.max_length)
+    raise_all(ConfigError, "these options are out of range", found)
     classifier, adapters = _load(directory, model, size, cache, note)
     apply = jax.jit(lora(classifier.apply))
     found = []
@@ -117,17 +127,17 @@ def merge_to(
         LoraError: adapter and model cannot be read or do not fit, or ``out`` cannot be written.
     """
     read_record(directory)
-    out = output_directory(out, overwrite=overwrite)
-    classifier, adapters = _load(directory, model, 1, cache, note)
-    if out.resolve() == classifier.directory.resolve():
-        raise OutputError(f"{out} holds the base model, which stays as it is; choose another place")
-    merged = merge(classifier.params, adapters)
-    before, after = paths.flatten(classifier.params), paths.flatten(merged)
-    broken = [line for path in after for line in overflow(path, before[path], after[path])]
-    raise_all(AdapterError, "the merged weights are not finite, where the model's are", broken)
-    return save_model(
-        out, merged, classifier.directory, classes=classifier.classes, overwrite=True, note=note
-    )
+    with claimed(out, overwrite=overwrite) as output:
+        classifier, adapters = _load(directory, model, 1, cache, note)
+        if os.path.realpath(output.directory) == os.path.realpath(classifier.directory):
+            raise OutputError(
+                f"{out} holds the base model, which stays as it is; choose another place"
+            )
+        merged = merge(classifier.params, adapters)
+        files = model_files(merged, classifier.directory, classes=classifier.classes, note=note)
+        refuse_other_layout(output.directory, files)
+        output.write(files)
+    return output.directory
 
 
 def _load(

@@ -24,7 +24,7 @@ from .data import TextData
 LONGEST_LINE = 16 * MIB
 """Bytes of a line: more of them are no table's."""
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_table(
@@ -45,7 +45,7 @@ def read_table(
     texts, labels, problems = [], _Labels(), _Problems()
     for line, (text, *_, value) in _read_rows(path, (text_column, label_column)):
         label = _label(value)
-        if not label or _SURROGATE.search(label):
+        if not label or SURROGATE.search(label):
             wanted = "wanted a name of Unicode text or a whole number"
             problems.add(f"line {line}: got {value!r} as {label_column}, {wanted}")
         texts.append(text)
@@ -149,7 +149,7 @@ def _read_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[_Row]:
     with _opened(path) as lines:
         for line, values in _READERS[suffix](path, lines, columns):
             empty, text = False, values[0]
-            if not isinstance(text, str) or _SURROGATE.search(text):
+            if not isinstance(text, str) or SURROGATE.search(text):
                 problems.add(f"line {line}: got {text!r} as {columns[0]}, wanted Unicode text")
             yield line, values
     if empty:

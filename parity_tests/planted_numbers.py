@@ -1,0 +1,380 @@
+"""Planted bugs of what adapted models compute, and of how they learn."""
+
+from parity_tests.planted import rows
+
+REWRITER = rows(
+    "rewriter",
+    (
+        "weights of different scales are joined with the first's",
+        "rewrite/moves.py",
+        ("weights = [replace(w, a=lowrank.scaled(w.a, w)) for w in weights]\n        scale = 1.0"),
+        "scale = weights[0].scale",
+        "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
+    ),
+    (
+        "one dropout mask for every turn of a while loop",
+        "rewrite/calls.py",
+        "(None, None) if key is None else jax.random.split(key)",
+        "(key, key)",
+        "test_structure_by_hand.py::test_every_turn_of_a_loop_draws_its_own_mask",
+    ),
+    (
+        "one dropout mask for every step of a scan",
+        "rewrite/calls.py",
+        'jax.random.split(key, call.params["length"])',
+        'jax.numpy.stack([key] * call.params["length"])',
+        "test_structure_by_hand.py::test_every_turn_of_a_loop_draws_its_own_mask",
+    ),
+    (
+        "a cast of W casts A and B",
+        "rewrite/complexes.py",
+        ("return replace(weight, base=base) if is_complex(dtype) else _real(weight, base)"),
+        (
+            "return weight if weight.planning else replace(weight, base=base, "
+            "a=weight.a.astype(dtype), b=weight.b.astype(dtype))"
+        ),
+        "test_structure_by_hand.py::test_a_cast_of_the_weight_leaves_a_and_b",
+    ),
+    (
+        "W times a number leaves A·B as it is",
+        "rewrite/complexes.py",
+        "lambda b, number: b * number",
+        "lambda b, number: b",
+        "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
+    ),
+    (
+        "−W leaves A·B as it is",
+        "rewrite/complexes.py",
+        "None if weight.planning else -weight.b",
+        "weight.b",
+        "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
+    ),
+    (
+        "W over a number multiplies A·B",
+        "rewrite/complexes.py",
+        "lambda b, number: b / number",
+        "lambda b, number: b * number",
+        "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
+    ),
+    (
+        "stop_gradient lets A and B learn",
+        "rewrite/structure.py",
+        "jax.tree.map(lax.stop_gradient, weight)",
+        "replace(weight, base=lax.stop_gradient(weight.base))",
+        "test_structure_by_hand.py::test_what_the_author_freezes_does_not_learn",
+    ),
+    (
+        "a weight turned around keeps its A and B",
+        "rewrite/structure.py",
+        "lax.rev(array, (at,))",
+        "lax.rev(array, (at,)) if array is weight.base else array",
+        "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
+    ),
+    (
+        "joined factors overlap",
+        "rewrite/moves.py",
+        "start = 0 if stacked else before",
+        "start = 0",
+        "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
+    ),
+)
+
+LOW_RANK_PRODUCTS = rows(
+    "low-rank products",
+    (
+        "the path is rounded before the sum",
+        "lowrank.py",
+        "return (y.astype(wide) + addend.astype(wide)).astype(y.dtype)",
+        "return y + addend.astype(y.dtype)",
+        "test_core.py::test_merging_into_bf16_sums_in_fp32_and_rounds_once",
+    ),
+    (
+        "a scale that is an array gets a gradient",
+        "lowrank.py",
+        "x * lax.stop_gradient(jnp.asarray(adapter.scale, x.dtype))",
+        "x * jnp.asarray(adapter.scale, x.dtype)",
+        ("test_structure_by_hand.py::test_a_scale_that_is_an_array_counts_and_gets_no_gradient"),
+    ),
+    (
+        "products of one input exchange their x·A",
+        "lowrank.py",
+        ("return lax.split(whole, [factor.shape[-1] for factor in factors], axis=whole.ndim - 1)"),
+        (
+            "return lax.split(whole, [factor.shape[-1] for factor in factors], "
+            "axis=whole.ndim - 1)[::-1]"
+        ),
+        "test_siblings.py::test_they_share_and_nothing_else_changes",
+    ),
+    (
+        "dropout's 1/(1 − p) is 1 + p",
+        "lowrank.py",
+        "adapter.scale / (1 - adapter.dropout)",
+        "adapter.scale * (1 + adapter.dropout)",
+        "test_dropout.py::test_what_is_kept_is_scaled_exactly",
+    ),
+    (
+        "A's axes are mistaken where the weight is used transposed",
+        "lowrank.py",
+        "return (OUT, IN) if transposed else (IN, OUT)",
+        "return (IN, OUT)",
+        "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
+    ),
+)
+
+DORA = rows(
+    "DoRA",
+    (
+        "the norm misses half of the cross term",
+        "changes.py",
+        "(2 * conj(wa) +",
+        "(conj(wa) +",
+        ("test_dora.py::test_dropout_takes_inputs_from_what_dora_adds_and_none_from_the_base"),
+    ),
+    (
+        "the norm is not detached",
+        "changes.py",
+        "norm = lax.stop_gradient(dora_norm(weight, adapter))",
+        "norm = dora_norm(weight, adapter)",
+        "test_dora.py::test_the_norm_gets_no_gradient_and_bf16_rounds_once",
+    ),
+    (
+        "the gain is upside down",
+        "changes.py",
+        "adapter.magnitude / jnp.where(norm == 0, 1, norm)",
+        "jnp.where(norm == 0, 1, norm) / adapter.magnitude",
+        "test_dora.py::test_law",
+    ),
+)
+
+MERGING = rows(
+    "merging",
+    (
+        "the second range of a weight forgets the first",
+        "merging.py",
+        "changes.merged(changed.get(path, leaves[path]), adapter)",
+        "changes.merged(leaves[path], adapter)",
+        "test_structure_by_hand.py::test_ranges_of_one_weight_are_merged_where_they_are",
+    ),
+    (
+        "an adapter's bias is merged without the scale",
+        "changes.py",
+        ("return jnp.expand_dims(lowrank.scaled(exact, adapter), adapter.axes.count(STACKED))"),
+        "return jnp.expand_dims(exact, adapter.axes.count(STACKED))",
+        (
+            "test_lora_bias.py::test_merging_rounds_once_adds_to_a_bias_trained_in_full_and"
+            "_reports_it"
+        ),
+    ),
+    (
+        "a range is merged at the first column",
+        "changes.py",
+        "lowrank.add(old, change), start, axis)",
+        "lowrank.add(old, change), 0, axis)",
+        "test_structure_by_hand.py::test_ranges_of_one_weight_are_merged_where_they_are",
+    ),
+    (
+        "DoRA is merged without its gain",
+        "changes.py",
+        "with_gain(lowrank.add(wide, change), gain(weight, adapter), adapter.axes)",
+        "lowrank.add(wide, change)",
+        "test_dora.py::test_law",
+    ),
+    (
+        "rounding is not warned of",
+        "merging.py",
+        "LARGEST_LOSS = 0.1",
+        "LARGEST_LOSS = 1.1",
+        "test_algebra.py::test_a_small_delta_is_lost_in_bfloat16_and_said_so",
+    ),
+    (
+        "whole leaves are left out of a merge",
+        "merging.py",
+        "path: one.value for path, one in adapters.items() if isinstance(one, Full)",
+        "path: leaves[path] for path, one in adapters.items() if isinstance(one, Full)",
+        "test_whole_modules.py::test_embeddings_stay_as_they_are_and_kernels_are_turned",
+    ),
+)
+
+MANY_ADAPTERS = rows(
+    "many adapters",
+    (
+        "unstack gives every adapter the first's scale",
+        "many.py",
+        "scale = stacked.scales[path][k]",
+        "scale = stacked.scales[path][0]",
+        "test_many.py::test_unstack_undoes_stack",
+    ),
+    (
+        "every example has the same dropout",
+        "many.py",
+        "jax.random.split(dropout_key, size)",
+        "jax.numpy.stack([dropout_key] * size)",
+        "test_many.py::test_examples_drop_their_own_inputs",
+    ),
+    (
+        "index −1 is the last adapter",
+        "many.py",
+        "wrap_negative_indices=False",
+        "wrap_negative_indices=True",
+        "test_many.py::test_no_adapter_is_the_base_bit_for_bit",
+    ),
+)
+
+LAYERS = rows(
+    "layers",
+    (
+        "dropout acts when deterministic",
+        "linen/layers.py",
+        'if nn.merge_param("deterministic", module.deterministic, deterministic):',
+        'if not nn.merge_param("deterministic", module.deterministic, deterministic):',
+        "test_layers.py::test_dropout_zeroes_and_scales_the_elements_of_x",
+    ),
+    (
+        "the axes of DenseGeneral are not sorted",
+        "layers.py",
+        "(sorted(n % x.ndim for n in dims) for dims in (axis, batch_dims))",
+        "([n % x.ndim for n in dims] for dims in (axis, batch_dims))",
+        "test_layers.py::test_law",
+    ),
+    (
+        "a layer's scale is r/alpha",
+        "layers.py",
+        "configs.scale(config, config.r, config.lora_alpha)",
+        "configs.scale(config, config.lora_alpha, config.r)",
+        "test_layers_by_hand.py::test_alpha_r_and_rslora_make_the_scale",
+    ),
+    (
+        "lora_dtype is float32",
+        "linen/layers.py",
+        "config.r, module.lora_dtype)",
+        "config.r, jnp.float32)",
+        "test_layers_by_hand.py::test_a_and_b_have_the_dtype_that_is_asked_for",
+    ),
+    (
+        "from_linear draws a new kernel",
+        "nnx/layers.py",
+        "layer.kernel, layer.bias = kernel, bias",
+        "layer.bias = bias",
+        "test_layer_models.py::test_from_linear_shares_the_variables",
+    ),
+)
+
+ALORA = rows(
+    "aLoRA",
+    (
+        "the first occurrence counts",
+        "alora.py",
+        ("last = jnp.max(jnp.where(found, jnp.arange(starts), -1), axis=-1, keepdims=True)"),
+        (
+            "last = jnp.where(found.any(-1, keepdims=True), jnp.argmax(found, axis=-1, "
+            "keepdims=True), -1)"
+        ),
+        "test_alora.py::test_the_mask_is_pefts",
+    ),
+    (
+        "the first invocation token is not active",
+        "alora.py",
+        ">= last) & (last >= 0)",
+        "> last) & (last >= 0)",
+        "test_alora.py::test_the_mask_is_pefts",
+    ),
+    (
+        "an example without the tokens is active",
+        "alora.py",
+        ">= last) & (last >= 0)",
+        ">= last)",
+        "test_alora.py::test_the_mask_is_pefts",
+    ),
+    (
+        "only the first token of the invocation is looked for",
+        "alora.py",
+        "for n, token in enumerate(invocation_tokens):",
+        "for n, token in enumerate(invocation_tokens[:1]):",
+        "test_alora.py::test_the_mask_is_pefts",
+    ),
+)
+
+OPTIMIZERS = rows(
+    "optimizers",
+    (
+        "LoRA+ makes A fast, too",
+        "optimizers.py",
+        '"a": optimizer(learning_rate, weight_decay)',
+        '"a": optimizer(fast, weight_decay)',
+        "test_optimizers_by_hand.py::test_the_first_step_of_loraplus_by_hand",
+    ),
+    (
+        "LoRA+ lets biases decay",
+        "optimizers.py",
+        '"vector": optimizer(fast, 0.0)',
+        '"vector": optimizer(fast, weight_decay)',
+        "test_optimizers.py::test_twenty_steps_are_pefts",
+    ),
+    (
+        "LoRA+ gives embeddings the common rate",
+        "optimizers.py",
+        '"embedding": optimizer(embedding_learning_rate, weight_decay)',
+        '"embedding": optimizer(learning_rate, weight_decay)',
+        "test_optimizers.py::test_twenty_steps_are_pefts",
+    ),
+    (
+        "LoRA-FA divides by s",
+        "optimizers.py",
+        "jnp.asarray(adapter.scale, g.dtype) ** 2",
+        "jnp.asarray(adapter.scale, g.dtype)",
+        "test_optimizers_by_hand.py::test_the_first_step_of_lora_fa_by_hand",
+    ),
+    (
+        "the preconditioner of B is A's transposed",
+        "optimizers.py",
+        "g_b = _damped_inverse(a.swapaxes(1, 2) @ a, reg)",
+        "g_b = _damped_inverse(b @ b.swapaxes(1, 2), reg)",
+        "test_optimizers_by_hand.py::test_the_first_step_of_riemannian_by_hand",
+    ),
+    (
+        "AdamW's second moment is not squared",
+        "adam.py",
+        "(1 - b2) * g * g",
+        "(1 - b2) * abs(g)",
+        "test_optimizers.py::test_twenty_steps_are_pefts",
+    ),
+    (
+        "AdamW corrects the first moment by b2",
+        "adam.py",
+        "corrected = m / _one_minus_power(b1, t)",
+        "corrected = m / _one_minus_power(b2, t)",
+        "test_optimizers.py::test_twenty_steps_are_pefts",
+    ),
+    (
+        "smoothing forgets the label's own share",
+        "losses.py",
+        "wanted = jnp.where(at, 1 - how.smoothing + even, even)",
+        "wanted = jnp.where(at, 1 - how.smoothing, even)",
+        "test_losses.py::test_smoothed_values_and_every_gradient_are_pytorchs",
+    ),
+    (
+        "smoothing forgets the mean of the head",
+        "losses.py",
+        "(1 - how.smoothing) * columns + how.smoothing * mean",
+        "(1 - how.smoothing) * columns",
+        "test_losses.py::test_smoothed_values_and_every_gradient_are_pytorchs",
+    ),
+    (
+        "the loss is a mean over ignored tokens, too",
+        "losses.py",
+        "jnp.sum(labels != how.ignore_index).astype(total.dtype)",
+        "jnp.sum(labels == labels).astype(total.dtype)",
+        "test_losses.py::test_another_ignored_label_and_rows_of_anything_under_it",
+    ),
+)
+
+NUMBERS_ALL = (
+    *REWRITER,
+    *LOW_RANK_PRODUCTS,
+    *DORA,
+    *MERGING,
+    *MANY_ADAPTERS,
+    *LAYERS,
+    *ALORA,
+    *OPTIMIZERS,
+)
