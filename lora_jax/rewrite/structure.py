@@ -166,12 +166,6 @@ def all_gather(call: Call, weight: LoraWeight) -> LoraWeight:
     return moves.cut(weight, gather, [axis])
 
 
-@rule("device_put")
-def device_put(call: Call, *operands: Any) -> list[Any]:
-    """Move the base, as to the memory of the host; A and B stay where they are."""
-    return _on_bases(operands, call.plain(*map(base_of, operands)))
-
-
 @rule("sharding_constraint", "pvary", "pcast", "reduce_precision")
 def on_the_base(call: Call, weight: LoraWeight) -> LoraWeight:
     """Apply to the base what says where or how precisely it is kept."""
