@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
-from . import lowrank
+from . import lowrank, placing
 from .adapter import IN, OUT, STACKED, Adapter, is_number
 
 Axes = Sequence[int]
@@ -130,6 +130,7 @@ def dora_norm(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*
     [6.0, 6.0]
     """
     exact = lowrank.wider(lowrank.accumulation_dtype(weight.dtype), adapter.a.dtype)
+    adapter = placing.whole(adapter)
     w, a, b = (array.astype(exact) for array in (weight, adapter.a, adapter.b))
     of = {letter: lowrank.axes_with(adapter.axes, letter) for letter in (STACKED, IN, OUT)}
     r, r2 = w.ndim, w.ndim + 1

@@ -76,6 +76,12 @@ ALL = [
         ONE,
         AXES,
     ),
+    Subject(
+        "complex_of_two",
+        lambda p, x: read_complex(x, lax.complex(p["w"][0], p["w"][1])),
+        {"w": (2, D, F)},
+        {"w": "sio"},
+    ),
     Subject("complex_joined", joined, {"a": (D, F), "b": (D, K)}, {"a": "io", "b": "io"}),
     Subject("complex_layers", turned_layers, {"w": (L, D, D)}, {"w": "sio"}, sites=2),
     Complex("complex_conjugate", lambda p, x: read_complex(x, 1j * p["w"].conj()), ONE, AXES),

@@ -99,6 +99,18 @@ def sharded_rows(p, x):
     return jax.shard_map(local, mesh=mesh(), in_specs=specs, out_specs=P())(p["w"], jnp.tanh(x))
 
 
+def gathered(p, x):
+    """Each device holds a part of the weight and joins it with the others', as in FSDP."""
+
+    def local(w, x):
+        return jnp.tanh(x @ lax.all_gather(w, "model", axis=1, tiled=True).T)
+
+    specs = (P(None, "model"), P())
+    return jax.shard_map(local, mesh=mesh(), in_specs=specs, out_specs=P(), check_vma=False)(
+        p["w"], x
+    )
+
+
 def constrained(p, x):
     w = lax.with_sharding_constraint(p["w"], NamedSharding(mesh(), P(None, "model")))
     return jnp.tanh(x @ w)
@@ -165,6 +177,13 @@ ALL = [
     Subject("switch", branches, {"w": (D, F)}, {"w": "io"}, sites=2),
     Subject("cond", one_branch, {"w": (D, F), "v": (D, F)}, {"w": "io"}),
     Subject("shard_map", sharded_rows, {"w": (D, F)}, {"w": "io"}),
+    Subject("shard_map_gathered", gathered, {"w": (F, D)}, {"w": "oi"}),
+    Subject(
+        "device_put",
+        lambda p, x: x @ jax.device_put(p["w"], jax.memory.Space.Device),
+        {"w": (D, F)},
+        {"w": "io"},
+    ),
     Subject("sharding_constraint", constrained, {"w": (D, F)}, {"w": "io"}),
     Subject("repeated", repeated, {"w": (D, F)}, {"w": "io"}),
     Subject(

@@ -59,7 +59,7 @@ FLOORS = [
         "naming",
         "naming_tables",
     },
-    {"alora", "arranging", "calling", "frozen", "lowrank", "initializers", "entries"},
+    {"alora", "arranging", "calling", "frozen", "lowrank", "initializers", "entries", "placing"},
     {"factors", "rows", "adam", "losses", "changes"},
     {
         "merging",

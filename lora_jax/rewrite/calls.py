@@ -9,8 +9,10 @@ from typing import Any
 import jax
 from jax import lax
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
-from . import meshes, passing
+from .. import placing
+from . import passing
 from . import weight as weights
 from .interpret import Call
 from .passing import scan_counts
@@ -131,29 +133,31 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
     passed = _Passed(passing.of_shard_map(call.eqn), operands)
 
     def body(*parts: Any) -> tuple[Any, ...]:
+        key, *own = parts
         local = [
             weights.with_parts(value, part) if isinstance(value, LoraWeight) else part
-            for value, part in zip(operands, parts, strict=True)
+            for value, part in zip(operands, own, strict=True)
         ]
-        outs = call.interpret(call.jaxpr, *local)
+        outs = call.interpret(call.jaxpr, *local, dropout_key=key)
         return tuple(passed.made(outs, "the shards' function returns the weight"))
 
     mapped = jax.shard_map(
         body,
         mesh=call.params["mesh"],
-        in_specs=tuple(specs),
+        in_specs=(PartitionSpec(), *specs),
         out_specs=tuple(passed.made(call.params["out_specs"], "")),
         axis_names=set(call.params["newly_manual_axes"]),
         check_vma=call.params["check_vma"],
     )
-    return passed.whole(mapped(*parts))
+    # The key is an argument, as explicit meshes let nothing be closed over; None without dropout.
+    return passed.whole(mapped(call.record.dropout_key, *parts))
 
 
 def _placed(weight: LoraWeight, specs: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
     """Return the arrays of a weight, A and B sharded as the shards' function takes them."""
     base, *rest = weights.parts(weight)
     named = zip(rest, specs[1:], strict=True)
-    return base, *(None if x is None else meshes.placed(x, spec, mesh) for x, spec in named)
+    return base, *(None if x is None else placing.placed(x, spec, mesh) for x, spec in named)
 
 
 @dataclass(frozen=True)

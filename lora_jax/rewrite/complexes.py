@@ -17,9 +17,9 @@ from jax.typing import DTypeLike
 
 from .. import lowrank
 from ..adapter import STACKED
-from . import moves
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
+from .sums import sum_of
 from .weight import LoraWeight, turn
 
 
@@ -85,19 +85,12 @@ def imag(call: Call, weight: LoraWeight) -> Any:
 
 @rule("complex")
 def complex_(call: Call, re: Any, im: Any) -> LoraWeight:
-    """``W + i·array``, or ``array + i·W``, or the sum of both where both are weights."""
-    base = call.plain(base_of(re), base_of(im))
-    if any(isinstance(part, LoraWeight) and part.gain is not None for part in (re, im)):
-        raise Unsupported("DoRA scales the weight, and an array is added to it")
-    if not isinstance(im, LoraWeight):
-        return replace(re, base=base)
-    weight = turn(im, base.dtype)
-    weight = replace(weight, base=base, b=None if weight.planning else weight.b * 1j)
-    if not isinstance(re, LoraWeight):
-        return weight
-    if re.bias is not None or im.bias is not None:
-        raise Unsupported("lora_bias has no rule for a sum of weights")
-    return moves.add([turn(re, base.dtype), weight], base)
+    """``W₁ + i·W₂``, the sum of a weight, or an array, and one that is turned."""
+    if isinstance(im, LoraWeight):
+        made: Any = call.eqn.outvars[0].aval
+        im = turn(im, made.dtype)
+        im = replace(im, b=None if im.planning else im.b * 1j)
+    return sum_of(call, re, im)
 
 
 def is_complex(dtype: DTypeLike) -> bool:

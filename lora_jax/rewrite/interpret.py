@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.extend import core, source_info_util
 
-from .. import alora, lowrank
+from .. import alora, lowrank, placing
 from ..adapter import Adapter
 from ..arranging import Size
 from ..errors import PlanError, raise_all
@@ -183,7 +183,7 @@ class Call:
         key, path = self.record.dropout_key, weight.paths[0]
         if key is None or not adapter.dropout:
             return x, adapter
-        own = jax.random.fold_in(fold_in_path(key, path), self.index)
+        own = jax.random.fold_in(fold_in_path(meshes.here(key), path), self.index)
         return lowrank.drop(x, adapter, own)
 
     def activated(self, x: Any, weight: LoraWeight, used: Sequence[int]) -> Any:
@@ -356,7 +356,7 @@ def _reason(problem: Exception, operands: Sequence[Any]) -> Unsupported:
 def _typed(call: Call, n: int, out: Any) -> Any:
     """Return an output sharded as the author's is, where types say how."""
     wanted: Any = call.eqn.outvars[n].aval
-    if not meshes.is_explicit(getattr(wanted, "sharding", None)):
+    if not placing.is_explicit(getattr(wanted, "sharding", None)):
         return out
     with meshes.around(call.eqn):
         if not _is_weight(out):

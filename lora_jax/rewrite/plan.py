@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-from .. import changes, paths
+from .. import changes, paths, placing
 from .. import config as configs
 from .. import rows as rows_of
 from ..adapter import IN, OUT, Entry, Full
@@ -49,6 +49,7 @@ class Plan:
         of_changed_base: whether the parameters are those that an initialisation returned (see
             ``for_changed_base``).
         given: the parameters, for as long as somebody else keeps them.
+        sharded: how the adapted parameters are sharded along explicit axes of a mesh.
     """
 
     config: LoraConfig
@@ -58,6 +59,7 @@ class Plan:
     rows: Mapping[str, Any] = field(default_factory=dict, repr=False)
     of_changed_base: bool = False
     given: Given = field(default_factory=lambda: Given({}), repr=False, compare=False)
+    sharded: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def adapted(self) -> tuple[LeafPlan, ...]:
@@ -80,7 +82,9 @@ class Plan:
     ) -> dict[str, Entry]:
         """Return fresh adapters: ``ΔW = 0`` unless the configuration says otherwise.
 
-        Each path draws from its own key, so another target changes nothing for this one.
+        Each path draws from its own key, so another target changes nothing for this one. Where the
+        axes of a mesh are explicit, A and B are sharded as the weight is, along the axes that they
+        share with it.
         Leaves trained in full are copies of the parameters, in the parameters' dtype.
 
         Args:
@@ -121,6 +125,8 @@ class Plan:
             if leaf.dora:
                 norm = changes.dora_norm(self.normed[leaf.path], adapter).astype(dtype)
                 adapter = replace(adapter, magnitude=norm)
+            if (sharding := self.sharded.get(leaf.path)) is not None:
+                adapter = placing.like_weight(adapter, sharding)
             adapters[leaf.name] = adapter
         return adapters | self.copies(dtype)
 
@@ -257,7 +263,9 @@ def plan(
     full = {path: leaves[path] for path in leaves if path in saved}
     normed = {row.path: leaves[row.path] for row in adapted if row.dora}
     by_rows = {path: leaves[path] for path in trained}
-    return Plan(config, rows, full, normed, by_rows, given=Given(leaves))
+    sharded = {row.path: placing.sharding_of(leaves[row.path]) for row in adapted}
+    sharded = {path: sharding for path, sharding in sharded.items() if sharding is not None}
+    return Plan(config, rows, full, normed, by_rows, given=Given(leaves), sharded=sharded)
 
 
 def _survey(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> Record:

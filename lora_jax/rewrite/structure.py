@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from ..adapter import is_number
+from ..adapter import STACKED, is_number
 from . import meshes, moves
 from .interpret import Call, base_of
 from .registry import Unsupported, rule
@@ -138,10 +138,32 @@ def optimization_barrier(call: Call, *operands: Any) -> list[Any]:
 @rule("reshard", "mesh_cast")
 def reshard(call: Call, weight: LoraWeight) -> LoraWeight:
     """Shard the base otherwise; A and B follow it to a mesh with other types of axes."""
-    mesh = call.params["dst_sharding"].mesh
-    names = () if weight.planning else (*PARTS[1:], *(["scale"] * (not is_number(weight.scale))))
-    moved = {name: meshes.in_mesh(getattr(weight, name), mesh) for name in names}
-    return replace(weight, base=call.plain(weight.base), **moved)
+    sharding = call.params["dst_sharding"]
+    base = call.plain(weight.base)
+    if weight.planning:
+        return replace(weight, base=base)
+    spec = (*sharding.spec, *(None for _ in weight.origin))
+    stacked = tuple(spec[n] for n, letter in enumerate(weight.letters) if letter == STACKED)
+    scale = {} if is_number(weight.scale) else {"scale": ()}
+    moved = {
+        name: meshes.followed(getattr(weight, name), sharding.mesh, axes)
+        for name, axes in ({name: stacked for name in PARTS[1:]} | scale).items()
+    }
+    return replace(weight, base=base, **moved)
+
+
+@rule("all_gather", "all_gather_invariant")
+def all_gather(call: Call, weight: LoraWeight) -> LoraWeight:
+    """Join the shards of an axis, of W and of that of A and B which has it, as FSDP does."""
+    params = dict(call.params)
+    axis = params["all_gather_dimension"]
+    if not params["tiled"]:
+        raise Unsupported("the shards are stacked along a new axis")
+
+    def gather(array: Any, at: int, axis: int) -> Any:
+        return call.eqn.primitive.bind(array, **params | {"all_gather_dimension": at})
+
+    return moves.cut(weight, gather, [axis])
 
 
 @rule("sharding_constraint", "pvary", "pcast", "reduce_precision")

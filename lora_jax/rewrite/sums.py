@@ -18,13 +18,13 @@ from .weight import LoraWeight, with_letters
 @rule("add", "add_any")
 def add(call: Call, left: Any, right: Any) -> LoraWeight:
     """``W₁ + W₂ + s·[A₁ A₂]·[B₁; B₂]``; an array of parameters or constants leaves A and B."""
-    return _sum(call, left, right)
+    return sum_of(call, left, right)
 
 
 @rule("sub")
 def sub(call: Call, left: Any, right: Any) -> LoraWeight:
     """``W₁ − W₂ + s·[A₁ A₂]·[B₁; −B₂]``."""
-    return _sum(call, left, _negated(right))
+    return sum_of(call, left, _negated(right))
 
 
 @rule("reduce_sum")
@@ -65,7 +65,8 @@ def _b_of_sum(b: Any, stacked: list[int], rank: int) -> Any:
     return b.reshape(*b.shape[:first], math.prod(b.shape[first : rank + 1]), *b.shape[rank + 1 :])
 
 
-def _sum(call: Call, left: Any, right: Any) -> LoraWeight:
+def sum_of(call: Call, left: Any, right: Any) -> LoraWeight:
+    """Return the weight that an equation makes as a sum of weights, or of one and an array."""
     base = call.plain(base_of(left), base_of(right))
     weights = [one for one in (left, right) if isinstance(one, LoraWeight)]
     for weight in weights:

@@ -18,9 +18,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from .. import changes, lowrank
+from .. import changes, lowrank, placing
 from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
-from . import meshes
 from .registry import Unsupported
 
 Label = tuple[int, int]
@@ -151,8 +150,9 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
         tuple(base.shape),
         adapter.masked,
     )
-    adapter = meshes.entered(adapter)
-    gain, bias = changes.gain(base, adapter), changes.scaled_bias(adapter)
+    adapter, stacked = placing.whole(adapter), adapter.axes.count(STACKED)
+    gain = placing.along(changes.gain(base, adapter), stacked)
+    bias = changes.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
     turned = jnp.issubdtype(a.dtype, jnp.complexfloating)
     return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias, turned)

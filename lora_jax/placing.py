@@ -1,0 +1,97 @@
+"""How A and B are sharded where the axes of a mesh are explicit: in types of arrays, by rules.
+
+A and B are small. For products they are whole along the axes that are summed over or kept, so that
+no product with them is ambiguous where the author's is not, and sharded as the weight is along the
+axes that they stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+
+from .adapter import IN, OUT, STACKED, Adapter, pick
+
+_ARRAYS = ("a", "b", "magnitude", "bias")
+
+
+def is_explicit(sharding: Any) -> bool:
+    """Tell whether a type's sharding is one that the author has to state."""
+    mesh = getattr(sharding, "mesh", None)
+    return mesh is not None and not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def whole(adapter: Adapter) -> Adapter:
+    """Return an adapter whose arrays are sharded along stacked axes alone."""
+    stacked = adapter.axes.count(STACKED)
+    return replace(adapter, **{name: along(getattr(adapter, name), stacked) for name in _ARRAYS})
+
+
+def along(value: Any, first: int) -> Any:
+    """Return an array, or None, sharded along its first axes alone, as it is there."""
+    if value is None or not is_explicit(sharding := jax.typeof(value).sharding):
+        return value
+    spec = tuple(sharding.spec)
+    if not any(spec[first:]):
+        return value
+    mesh = getattr(getattr(value, "sharding", None), "mesh", sharding.mesh)
+    return reshard(value, NamedSharding(mesh, PartitionSpec(*spec[:first])))
+
+
+def placed(value: Any, spec: Iterable[Any], mesh: Any) -> Any:
+    """Return an array, sharded along the explicit ones of these axes of a mesh."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return value
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    own = [_only(entry, lambda name: types[name] == AxisType.Explicit) for entry in spec]
+    return reshard(value, NamedSharding(mesh, PartitionSpec(*own)))
+
+
+def like_weight(adapter: Adapter, sharding: NamedSharding) -> Adapter:
+    """Return an adapter sharded as its weight is, along the axes that they share.
+
+    Args:
+        adapter: freshly drawn.
+        sharding: of the weight, on a mesh of which some axes are explicit.
+    """
+    spec = (*sharding.spec, *(None for _ in adapter.axes))[: len(adapter.axes)]
+    # Of a part of the columns B has not all of the axis.
+    parted = adapter.axes.index(OUT) if adapter.columns is not None else -1
+    spec = tuple(None if n == parted else entry for n, entry in enumerate(spec))
+
+    def put(value: Any, letters: Iterable[str], rank: int | None) -> Any:
+        if value is None:
+            return None
+        entries: list[Any] = [
+            spec[n] for letter in letters for n in pick((*range(len(spec)),), adapter.axes, letter)
+        ]
+        if rank is not None:
+            entries.insert(rank, None)
+        return placed(value, entries, sharding.mesh)
+
+    stacked, summed = adapter.axes.count(STACKED), adapter.axes.count(IN)
+    return replace(
+        adapter,
+        a=put(adapter.a, (STACKED, IN), stacked + summed),
+        b=put(adapter.b, (STACKED, OUT), stacked),
+        magnitude=put(adapter.magnitude, (STACKED, OUT), None),
+        bias=put(adapter.bias, (STACKED, OUT), None),
+    )
+
+
+def sharding_of(leaf: Any) -> NamedSharding | None:
+    """Return how a parameter is sharded along explicit axes of a mesh; None where it is not."""
+    kind: Any = getattr(leaf, "sharding", None)
+    if not isinstance(kind, NamedSharding) or not is_explicit(kind) or not any(kind.spec):
+        return None
+    return kind
+
+
+def _only(entry: Any, wanted: Any) -> Any:
+    """Return those names of one entry of a ``PartitionSpec`` that are wanted."""
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return tuple(name for name in names if wanted(name)) or None
