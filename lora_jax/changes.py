@@ -130,7 +130,7 @@ def dora_norm(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*
     [6.0, 6.0]
     """
     exact = lowrank.wider(lowrank.accumulation_dtype(weight.dtype), adapter.a.dtype)
-    adapter = placing.whole(adapter)
+    adapter = placing.whole(adapter, weight)
     w, a, b = (array.astype(exact) for array in (weight, adapter.a, adapter.b))
     of = {letter: lowrank.axes_with(adapter.axes, letter) for letter in (STACKED, IN, OUT)}
     r, r2 = w.ndim, w.ndim + 1

@@ -21,25 +21,44 @@ _ARRAYS = ("a", "b", "magnitude", "bias")
 
 def is_explicit(sharding: Any) -> bool:
     """Tell whether a type's sharding is one that the author has to state."""
-    mesh = getattr(sharding, "mesh", None)
+    return is_explicit_mesh(getattr(sharding, "mesh", None))
+
+
+def is_explicit_mesh(mesh: Any) -> bool:
+    """Tell whether some axes of a mesh, or of None, are explicit."""
     return mesh is not None and not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
-def whole(adapter: Adapter) -> Adapter:
-    """Return an adapter whose arrays are sharded along stacked axes alone."""
-    stacked = adapter.axes.count(STACKED)
-    return replace(adapter, **{name: along(getattr(adapter, name), stacked) for name in _ARRAYS})
+def whole(adapter: Adapter, weight: Any) -> Adapter:
+    """Return an adapter sharded as its weight is along stacked axes, and along no other."""
+    kind: Any = getattr(jax.typeof(weight), "sharding", None)
+    spec = tuple(kind.spec) if is_explicit(kind) else (None,) * len(adapter.axes)
+    stacked = tuple(spec[n] for n, letter in enumerate(adapter.axes) if letter == STACKED)
+    arrays = {name: getattr(adapter, name) for name in _ARRAYS}
+    # An array's own mesh is known outside of `jit` alone.
+    own = [getattr(getattr(one, "sharding", None), "mesh", None) for one in (weight, adapter.a)]
+    meshes = [*own, getattr(kind, "mesh", None)]
+    return replace(adapter, **{name: along(one, stacked, *meshes) for name, one in arrays.items()})
 
 
-def along(value: Any, first: int) -> Any:
-    """Return an array, or None, sharded along its first axes alone, as it is there."""
-    if value is None or not is_explicit(sharding := jax.typeof(value).sharding):
+def along(value: Any, first: tuple[Any, ...], *meshes: Any) -> Any:
+    """Return an array, or None, sharded so along its first axes, and along no other.
+
+    Args:
+        value: the array.
+        first: entries of a ``PartitionSpec``.
+        *meshes: on which it may be put where it is on none with explicit axes.
+    """
+    if value is None:
         return value
-    spec = tuple(sharding.spec)
-    if not any(spec[first:]):
+    kind = jax.typeof(value).sharding
+    own = tuple(kind.spec) if is_explicit(kind) else ()
+    if own[: len(first)] == first and not any(own[len(first) :]):
         return value
-    mesh = getattr(getattr(value, "sharding", None), "mesh", sharding.mesh)
-    return reshard(value, NamedSharding(mesh, PartitionSpec(*spec[:first])))
+    if not own and not any(first):
+        return value
+    mesh = next(filter(is_explicit_mesh, (*meshes, kind.mesh)), kind.mesh)
+    return reshard(value, NamedSharding(mesh, PartitionSpec(*first)))
 
 
 def placed(value: Any, spec: Iterable[Any], mesh: Any) -> Any:

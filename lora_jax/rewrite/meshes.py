@@ -46,6 +46,6 @@ def followed(value: Any, mesh: Any, stacked: tuple[Any, ...]) -> Any:
     if value is None:
         return None
     own = jax.typeof(value).sharding
-    if own.mesh == mesh and tuple(own.spec)[: len(stacked)] in (stacked, (None,) * len(stacked)):
+    if own.mesh == mesh and tuple(own.spec)[: len(stacked)] == stacked:
         return value
     return reshard(value, NamedSharding(mesh, PartitionSpec(*stacked)))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -150,8 +151,9 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
         tuple(base.shape),
         adapter.masked,
     )
-    adapter, stacked = placing.whole(adapter), adapter.axes.count(STACKED)
-    gain = placing.along(changes.gain(base, adapter), stacked)
+    adapter, gain = placing.whole(adapter, base), changes.gain(base, adapter)
+    if gain is not None and placing.is_explicit(kind := jax.typeof(gain).sharding):
+        gain = placing.along(gain, tuple(kind.spec)[: adapter.axes.count(STACKED)])
     bias = changes.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
     turned = jnp.issubdtype(a.dtype, jnp.complexfloating)
