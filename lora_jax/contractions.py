@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from . import lowrank
+from . import changes, lowrank
 from .adapter import IN, OUT, STACKED, Adapter
 
 
@@ -27,8 +27,9 @@ def conv(
 
     A holds the window and the channels that are summed over, B the channels that are kept. The
     kernel's change is ``s·A·B`` in the kernel's own shape; with groups every group has the
-    same A, and columns of B of its own. Where the kernel is used the other way round, as in the
-    gradient of a convolution, B comes first.
+    same A, and columns of B of its own. Where groups keep few channels, as those of a depthwise
+    convolution do, the change is smaller than an A for each of them, and is what x meets. Where
+    the kernel is used the other way round, as in the gradient of a convolution, B comes first.
 
     Args:
         x: the input.
@@ -50,6 +51,11 @@ def conv(
         raise ValueError("a grouped kernel is used the other way round")
     a, b, r = adapter.a.astype(dtype), adapter.b.astype(dtype), adapter.a.ndim - 1
     x = x.astype(dtype)
+    if groups > 1 and smaller_formed(groups, b.shape[-1], a.shape[-1]):
+        change = changes.delta(adapter).astype(dtype)
+        return lax.conv_general_dilated(
+            x, change, dimension_numbers=spec, feature_group_count=groups, **options
+        )
     if transposed:
         x = _at_each_point(lowrank.scaled(x, adapter), b.T, spec.lhs_spec[1])
         a_spec = (at_a[kernel[0]], r, *(at_a[axis] for axis in kernel[2:]))
@@ -70,8 +76,17 @@ def conv(
         return _at_each_point(hidden, b, feature)
     points = jnp.moveaxis(hidden, feature, -1)
     points = points.reshape(*points.shape[:-1], groups, b.shape[0])
-    y = jnp.einsum("...gr,rgo->...go", points, b.reshape(b.shape[0], groups, -1))
+    y = jnp.einsum("...gr,rgo->...go", points, b.reshape(b.shape[0], groups, b.shape[1] // groups))
     return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, feature)
+
+
+def smaller_formed(groups: int, out: int, r: int) -> bool:
+    """Tell whether a grouped kernel's ``A·B`` is no larger than an A for each of its groups.
+
+    >>> smaller_formed(240, 240, 8), smaller_formed(2, 64, 8), smaller_formed(1, 4, 8)
+    (True, False, False)
+    """
+    return groups > 1 and out <= r * groups
 
 
 def take(

@@ -70,6 +70,12 @@ def placed(value: Any, spec: Iterable[Any], mesh: Any) -> Any:
     return reshard(value, NamedSharding(mesh, PartitionSpec(*own)))
 
 
+def as_sharded(value: Any, wanted: Any) -> Any:
+    """Return an array sharded as another of its shape is along explicit axes of a mesh."""
+    sharding = sharding_of(wanted)
+    return value if sharding is None else reshard(value, sharding)
+
+
 def like_weight(adapter: Adapter, sharding: NamedSharding) -> Adapter:
     """Return an adapter sharded as its weight is, along the axes that they share.
 

@@ -1,10 +1,12 @@
 """Models on a mesh with explicit axes, for a process with four devices; run by a test.
 
-``python -m parity_tests.explicit_models`` with ``JAX_NUM_CPU_DEVICES=4``.
+``python -m parity_tests.explicit_models`` with ``JAX_NUM_CPU_DEVICES=4``, and names of
+initialisations to see those alone.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import Adapter, LoraConfig, lora, merge, plan
+from lora_jax.inits import initialise
 
 IDS = np.random.default_rng(1).integers(0, 12, (4, 6))
 RNG = np.random.default_rng(0)
@@ -67,6 +70,13 @@ def tied(p, x):
     return jnp.einsum("btd,vd->btv", h, p["table"], out_sharding=P("x", None, None))
 
 
+def padded(p, x):
+    """An embedding whose padding token is zero, and one row that the data chooses."""
+    looked_up = p["table"].at[IDS].get(out_sharding=P("x", None, "y"))
+    h = jnp.where((IDS == 0)[..., None], 0.0, looked_up) * reshard(x, P("x", None, "y"))
+    return h + p["table"][jnp.argmax(reshard(x, P())[0, 0])]
+
+
 def automatic(p, x):
     """A part in which the compiler decides about the sharding."""
     product = jax.sharding.auto_axes(lambda x, w: jnp.tanh(x @ w), out_sharding=P("x", None, "y"))
@@ -85,8 +95,11 @@ MODELS = {
     gathered_in_shards: {"up": UP},
     layers: {"experts": EXPERTS},
     tied: {"table": (P(None, None), P(None, "y"))},
+    padded: {"table": (P(None, None), P(None, "y"))},
     automatic: {"up": UP},
 }
+
+INITS = ("pissa", "pissa_niter_4", "olora", "mica", "loftq", "eva", "corda", "lora_ga")
 
 
 def drawn(leaf):
@@ -101,16 +114,40 @@ def relative(got, wanted):
     return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
 
 
-def check(fn, shardings, params, x, *, dora, dropout):
-    config = LoraConfig(
-        r=2, lora_alpha=3, target_modules=list(shardings), use_dora=dora, lora_dropout=dropout
-    )
-    adapters = plan(fn, params, config, x).init(jax.random.key(0))
+def check_placed(adapters, shardings):
     for path, (of_a, of_b) in shardings.items():
         adapter = adapters[path]
         assert isinstance(adapter, Adapter)
         assert jax.typeof(adapter.a).sharding.spec == of_a, (path, adapter.a.sharding)
         assert jax.typeof(adapter.b).sharding.spec == of_b, (path, adapter.b.sharding)
+
+
+def check_init(fn, shardings, params, x, init):
+    """An initialisation from weights, data or gradients places A, B and the base as well."""
+    config = LoraConfig(
+        r=2, target_modules=list(shardings), init_lora_weights=init, use_dora=init == "pissa"
+    )
+    loss = lambda p, x: jnp.sum(jnp.sin(fn(p, x)))  # noqa: E731
+    base, adapters = initialise(
+        plan(fn, params, config, x),
+        params,
+        jax.random.key(0),
+        fn=loss if init == "lora_ga" else fn,
+        batches=[(x,)],
+    )
+    check_placed(adapters, shardings)
+    for path in shardings:
+        assert jax.typeof(base[path]) == jax.typeof(params[path]), path
+    far = relative(jax.jit(lora(fn))(base, adapters, x), fn(params, x))
+    assert far < (0.2 if init == "loftq" else 1e-6), (init, far)  # A and B are in float32
+
+
+def check(fn, shardings, params, x, *, dora, dropout):
+    config = LoraConfig(
+        r=2, lora_alpha=3, target_modules=list(shardings), use_dora=dora, lora_dropout=dropout
+    )
+    adapters = plan(fn, params, config, x).init(jax.random.key(0))
+    check_placed(adapters, shardings)
     start = jax.jit(lora(fn))(params, adapters, x)
     assert relative(start, jax.jit(fn)(params, x)) < 1e-6  # init is in float32
     if dropout:
@@ -129,7 +166,7 @@ def check(fn, shardings, params, x, *, dora, dropout):
     assert relative(jax.jit(ours)(whole), wanted) < 1e-12
 
 
-def main():
+def main(inits):
     jax.config.update("jax_enable_x64", True)
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
@@ -144,12 +181,16 @@ def main():
             for name, (shape, spec) in shapes.items()
         }
         x = jax.device_put(RNG.normal(size=(4, 6, 8)), NamedSharding(mesh, P("x")))
-        for fn, shardings in MODELS.items():
+        for fn, shardings in () if inits else MODELS.items():
             for dora in (False, True):
                 check(fn, shardings, params, x, dora=dora, dropout=0.0)
             check(fn, shardings, params, x, dora=False, dropout=0.5)
             print(fn.__name__, "holds")
+        for init in inits or ("pissa",):
+            for fn in (row_and_column, experts) if inits else (row_and_column,):
+                check_init(fn, MODELS[fn], params, x, init)
+            print(init, "holds")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -62,6 +62,24 @@ def one_at_a_time(p, ids):
     return jax.vmap(jax.vmap(eqx.nn.Embedding(weight=p["w"])))(ids)
 
 
+def one_row(p, x):
+    """One row outside of ``vmap``, such as a decoder's last token, and the tied head."""
+    token = jnp.argmax(x[0]) % V
+    return jnp.tanh(p["w"][token] * x) @ p["w"].T
+
+
+def rows_in_turn(p, x):
+    """One row in each step of a loop, and a range of them that begins where the data says."""
+    ids = jnp.argsort(x[:, 0])
+    summed, seen = lax.scan(lambda h, i: (h + p["w"][i], jnp.sin(p["w"][i])), x[0], ids)
+    return summed, seen, lax.dynamic_slice_in_dim(p["w"], ids[0], 3) * x[:3]
+
+
+def padded(p, x):
+    """An embedding whose padding token is a row of zeros."""
+    return jnp.where((IDS == 0)[..., None], 0.0, p["w"][IDS]) * x
+
+
 def windows(p, x):
     """Position embeddings that begin elsewhere in each example, some beyond the end."""
     starts = jnp.asarray(np.arange(B) * 4)
@@ -151,6 +169,9 @@ ALL = [
         {"w": "io"},
         sites=2,
     ),
+    Subject("embedding_of_one", one_row, {"w": (V, D)}, {"w": "io"}, (B, D), sites=2),
+    Subject("embedding_rows_in_turn", rows_in_turn, {"w": (V, D)}, {"w": "io"}, (B, D), sites=3),
+    Subject("embedding_padded", padded, {"w": (V, D)}, {"w": "io"}),
     Subject("embedding_windows", windows, {"w": (V, D)}, {"w": "io"}),
     Subject(
         "experts_by_choices",

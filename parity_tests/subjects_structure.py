@@ -116,6 +116,41 @@ def constrained(p, x):
     return jnp.tanh(x @ w)
 
 
+def chosen_for_each(p, x):
+    """Each example has its own of two weights: ``vmap`` makes a ``select_n`` of the branches."""
+
+    def one(x):
+        return x @ lax.cond(x[0] > 0, lambda: p["a"], lambda: -0.5 * p["b"])
+
+    return jnp.tanh(jax.vmap(one)(x))
+
+
+def chosen_for_all(p, x):
+    first = x.sum() > 0
+    return x @ jnp.where(first, p["a"], p["b"]), jnp.tanh(x @ jnp.where(first, p["b"], p["a"]))
+
+
+def chosen_products(p, x):
+    """A branch of products for each example; each weight meets all of them, gradients apart."""
+
+    def one(x):
+        return lax.cond(x[0] > 0, lambda x: x @ p["a"], lambda x: jnp.sin(x @ p["b"]), x)
+
+    return jax.vmap(one)(x)
+
+
+def stacked_shards(p, x):
+    """Each device has a part of the weight; the parts come along a new axis."""
+
+    def local(w, x):
+        return jnp.tanh(x @ lax.all_gather(w, "model").reshape(D, F))
+
+    specs = (P("model"), P())
+    return jax.shard_map(local, mesh=mesh(), in_specs=specs, out_specs=P(), check_vma=False)(
+        p["w"], x
+    )
+
+
 def repeated(p, x):
     return jnp.einsum("btd,bdf->btf", x, jnp.broadcast_to(p["w"], (B, D, F)))
 
@@ -176,6 +211,28 @@ ALL = [
     Subject("scan_carry", carried_through_a_scan, {"w": (D, D)}, {"w": "io"}),
     Subject("switch", branches, {"w": (D, F)}, {"w": "io"}, sites=2),
     Subject("cond", one_branch, {"w": (D, F), "v": (D, F)}, {"w": "io"}),
+    Subject(
+        "chosen_for_each",
+        chosen_for_each,
+        {"a": (D, F), "b": (D, F)},
+        {"a": "io", "b": "io"},
+        (B, D),
+    ),
+    Subject(
+        "chosen_products",
+        chosen_products,
+        {"a": (D, F), "b": (D, F)},
+        {"a": "io", "b": "io"},
+        (B, D),
+    ),
+    Subject(
+        "chosen_for_all",
+        chosen_for_all,
+        {"a": (D, F), "b": (D, F)},
+        {"a": "io", "b": "io"},
+        sites=2,
+    ),
+    Subject("shard_map_stacked", stacked_shards, {"w": (D, F)}, {"w": "io"}),
     Subject("shard_map", sharded_rows, {"w": (D, F)}, {"w": "io"}),
     Subject("shard_map_gathered", gathered, {"w": (F, D)}, {"w": "oi"}),
     Subject(

@@ -98,6 +98,19 @@ USES = {
     "two_real_parts": (lambda w, x: jnp.abs(lax.complex(x, x) @ lax.complex(w[0], w[1])), STACK),
     "fourier": (lambda w, x: jnp.abs(lax.complex(x, x) @ jnp.fft.fft(w, axis=1)), MATRIX),
     "chosen": (lambda w, x: x @ jnp.where(x.sum() > 0, w[0], w[1]), STACK),
+    "chosen_by_row": (
+        lambda w, x: x @ jnp.where((jnp.arange(D) > 2)[:, None], w[0], w[1]),
+        STACK,
+    ),
+    "chosen_one_by_one": (lambda w, x: x @ jnp.where(w[1] > 0, w[0], 0.0), STACK),
+    "chosen_for_each": (
+        lambda w, x: jax.vmap(lambda v: lax.cond(v[0] > 0, lambda: v @ w[0], lambda: v @ w[1]))(x),
+        STACK,
+    ),
+    "chosen_or_data": (lambda w, x: x @ jnp.where(x.sum() > 0, w, x[0, :F]), MATRIX),
+    "row_by_data": (lambda w, x: w[jnp.argmax(x)] * x[:, :F], MATRIX),
+    "row_by_number": (lambda w, x: w[3] * x[:, :F], MATRIX),
+    "element_by_data": (lambda w, x: w[jnp.argmax(x), jnp.argmin(x)] * x, MATRIX),
     "branches": (lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ (2 * w)), MATRIX),
     "loop_over": (
         lambda w, x: lax.fori_loop(0, E, lambda i, h: jnp.tanh(h @ w[i]) @ w[i].T, x),
@@ -179,7 +192,7 @@ FOLLOWED = {
     *("sum_of_slices", "difference_of_slices", "sum_of_parts", "sum_of_halves", "sum_of_three"),
     *("plus_constants", "plus_its_own_constant", "plus_noise", "plus_a_sum", "experts_soup"),
     *("soup_of_repeated", "soup_of_heads", "soup_in_turn", "added_zero", "two_real_parts"),
-    *("both_parts_complex",),
+    *("both_parts_complex", "chosen", "chosen_for_each", "row_by_data"),
     *("groups", "one_head_for_all", "one_row_for_all", "tile_out", "tile_in", "tile_new_axis"),
 }
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from lora_jax import LoraConfig, lora, merge, plan
-from parity_tests import laws
+from parity_tests import explicit_models, laws
 
 P = PartitionSpec
 
@@ -62,18 +63,28 @@ def test_a_rule_that_fails_is_a_reason_in_the_plan(monkeypatch):
     assert "ValueError: something nobody thought of (" in other.why and other.sites == 0
 
 
-def test_models_on_four_devices():
-    """Values, gradients and shardings are those of the merged weights; see `explicit_models`."""
+def on_four_devices(*arguments):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "4",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path[:1]]),
     }
     run = subprocess.run(
-        [sys.executable, "-m", "parity_tests.explicit_models"],
+        [sys.executable, "-m", "parity_tests.explicit_models", *arguments],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_models_on_four_devices():
+    """Values, gradients and shardings are those of the merged weights; see `explicit_models`."""
+    on_four_devices()
+
+
+@pytest.mark.slow
+def test_every_initialisation_on_four_devices():
+    """A, B and the base are sharded as the weight is, and the outputs stay."""
+    on_four_devices(*explicit_models.INITS)

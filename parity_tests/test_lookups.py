@@ -106,3 +106,81 @@ def test_dora_does_not_scale_what_stands_for_an_index_beyond_the_end():
         fn = filled(value)
         got, wanted = both(fn, {"w": W}, drawn(plan(fn, {"w": W}, config)))
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+# Functions of a table, ids and one id: what DoRA's gain, rows and the usual pair all go through.
+OF_ONE = {
+    "a row": lambda w, ids, i: jnp.tanh(w[i]),
+    "a row of one": lambda w, ids, i: jnp.tanh(lax.dynamic_slice_in_dim(w, i, 1)),
+    "a row, tied": lambda w, ids, i: jnp.tanh(w[i]) @ w.T,
+    "a column": lambda w, ids, i: jnp.tanh(w[:, i]),
+    "a row in the loop": lambda w, ids, i: lax.scan(lambda h, i: (h + w[i], w[i]), w[i], ids),
+    "a row in a branch": lambda w, ids, i: lax.cond(i > 2, lambda: w[i], lambda: 2 * w[i + 1]),
+    "padding": lambda w, ids, i: jnp.where((ids == 3)[:, None], 0.0, w[ids]),
+    "padding by a product": lambda w, ids, i: w[ids] * jnp.float32(ids != 3)[:, None],
+    "a padded row": lambda w, ids, i: jnp.where(i == 0, 0.0, w[i]),
+}
+
+
+@pytest.mark.parametrize("added", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_rows_that_the_data_chooses_one_by_one(added):
+    config = LoraConfig(r=2, target_modules=["w"], **added)
+    ids, one, params = jnp.array([1, 3, 5]), jnp.array(4), {"w": W}
+    for name, form in OF_ONE.items():
+        fn = lambda p, ids, one, form=form: form(p["w"], ids, one)  # noqa: E731
+        found = plan(fn, params, config, ids, one)
+        assert "gather" in found.adapted[0].primitives, name
+        adapters = drawn(found)
+        got, wanted = with_gradients(fn, params, adapters, ids, one)
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def with_gradients(fn, params, adapters, *args):
+    """Return outputs and gradients of the adapted function, and of the merged weights."""
+
+    def of(call):
+        def loss(adapters):
+            outs = call(adapters)
+            return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(outs)), outs
+
+        return jax.grad(loss, has_aux=True)(adapters)
+
+    with laws.quick_compilation():
+        return jax.jit(
+            lambda adapters: (
+                of(lambda a: lora(fn)(params, a, *args)),
+                of(lambda a: fn(merge(params, a), *args)),
+            )
+        )(adapters)
+
+
+def test_a_layer_of_a_stack_of_vectors_is_no_lookup():
+    """A counter of layers is not the data: a norm's scale is no embedding."""
+    forms = {
+        "a number": lambda w, x: x * w[3],
+        "a counter": lambda w, x: lax.fori_loop(0, 4, lambda n, x: x * w[n], x),
+        "a scan": lambda w, x: lax.scan(lambda x, n: (x * w[n], None), x, jnp.arange(4))[0],
+    }
+    for form in forms.values():
+        with pytest.raises(PlanError, match="w: mul"):
+            plan(
+                lambda p, x, form=form: form(p["w"], x),
+                {"w": W},
+                LoraConfig(r=2, target_modules=["w"]),
+                X,
+            )
+
+
+def test_a_bias_and_a_single_element_are_refused():
+    for form, options, why in [
+        (lambda w, i: w[i], {"lora_bias": True}, "lora_bias has no rule for rows"),
+        (lambda w, i: w[i, i], {}, "rows are looked up in a way that has no rule"),
+    ]:
+        with pytest.raises(PlanError, match=why):
+            plan(
+                lambda p, i, form=form: form(p["w"], i),
+                {"w": W},
+                LoraConfig(r=2, target_modules=["w"], **options),
+                jnp.array(2),
+            )

@@ -54,6 +54,44 @@ BODIES = {
 
         check(jax.jit(jax.value_and_grad(loss(sharded)))(adapters, params))
     """,
+    "shards_stacked_along_a_new_axis": """
+        def sharded(p, x):
+            def local(p, x):
+                up = lax.all_gather(p["up"], "model", axis=1).reshape(12, 20)
+                down = lax.all_gather(p["down"], "model").reshape(20, 12)
+                h = jnp.tanh(x @ up) @ down
+                experts = lax.all_gather(p["experts"], "model")[:, 0]
+                return jnp.einsum("bd,edf->bef", h, experts)
+
+            specs = {"up": P(None, "model"), "down": P("model", None), "experts": P("model")}
+            return jax.shard_map(
+                local, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False
+            )(p, x)
+
+        check(jax.jit(jax.value_and_grad(loss(sharded)))(adapters, params))
+    """,
+    "shards_of_another_axis": """
+        from lora_jax.errors import PlanError
+
+        def sharded(p, x):
+            def local(p, x):  # parts of the in axis, side by side as if they were outputs
+                return x[:, :3] @ lax.all_gather(p["up"], "model", axis=1, tiled=True)
+
+            return jax.shard_map(
+                local, mesh=mesh, in_specs=(P("model"), P()), out_specs=P(), check_vma=False
+            )(p, x)
+
+        for call in (
+            lambda: plan(sharded, params, LoraConfig(r=3, target_modules=["up"]), x),
+            lambda: lora(sharded)(params, {"up": adapters["up"]}, x),
+        ):
+            try:
+                call()
+            except PlanError as error:
+                assert "shards of one axis are joined along another" in str(error)
+            else:
+                raise AssertionError("it was adapted")
+    """,
     "sharded_jit": """
         specs = {"up": P(None, "model"), "down": P("model", None), "experts": P("model")}
         placed = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in params.items()}

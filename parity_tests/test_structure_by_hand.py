@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from lora_jax import Adapter, LoraConfig, lora, merge, plan
@@ -215,3 +216,30 @@ def test_a_pair_for_each_layer_acts_there_whether_layers_are_kept_or_summed_over
     for fn in (apart, together):
         got, base = lora(fn)({"w": weight}, pair, x), fn({"w": weight + 2.0 * (a @ b)}, x)
         np.testing.assert_allclose(got, base, rtol=1e-5, atol=1e-5)
+
+
+CHOICES = {
+    "a branch for each": lambda v, w, x: jax.vmap(
+        lambda x: x @ lax.cond(x[0] > 0, lambda: v, lambda: 2.0 * w)
+    )(x),
+    "one of three": lambda v, w, x: jax.vmap(
+        lambda i, x: x @ lax.switch(i, [lambda: v, lambda: w, lambda: jnp.ones((N, N))])
+    )(jnp.argsort(x[:, 0]) % 3, x),
+    "a branch in a batch of batches": lambda v, w, x: jax.vmap(
+        jax.vmap(lambda x: lax.cond(x[0] > 0, lambda: x @ v.T, lambda: w @ x))
+    )(x.reshape(2, 2, N)),
+    "one for all": lambda v, w, x: x @ jnp.where(x[0, 0] > 0, v, w),
+}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_a_choice_between_weights_is_one_between_their_changes(kind):
+    """Ranks and scales differ; a frozen array is chosen with no change."""
+    params, adapters, x = drawn()
+    if kind == "DoRA":
+        adapters = {
+            name: dataclasses.replace(one, magnitude=jnp.linspace(1.0, 2.0, N))
+            for name, one in adapters.items()
+        }
+    for name, form in CHOICES.items():
+        held(lambda p, x, form=form: jnp.tanh(form(p["v"], p["w"], x)), params, adapters, x, name)

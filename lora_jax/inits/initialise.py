@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from .. import changes, lowrank, paths
+from .. import changes, lowrank, paths, placing
 from ..adapter import IN, OUT, STACKED, Entry, pick
 from ..errors import ConfigError, raise_all
 from ..initializers import changes_base, fold_in_path, niter, reads_more
@@ -51,6 +51,8 @@ def initialise(
     ``loftq``          W                             quantised W             of what was lost
     others             nothing: ``plan.init(key)``   unchanged               see there
     ================== ============================= ======================= ==================
+
+    Where the axes of a mesh are explicit, A, B and the base are sharded as the weight is.
 
     Where the base changes, the model's outputs stay (nearly, with ``loftq``); train and serve
     the adapters with the base that is returned, or make them plain LoRA of the original one
@@ -102,7 +104,7 @@ def initialise(
         a, b, *quantised = pairs[leaf.name]
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         a, b = a.reshape(leaf.a_shape), b.reshape(leaf.b_shape)
-        adapter = leaf.adapter(a, b, plan.config.lora_dropout)
+        adapter = plan.placed(leaf, leaf.adapter(a, b, plan.config.lora_dropout))
         if changes_base(name):
             base = changed.get(leaf.path, leaves[leaf.path])
             taken_out = replace(adapter, scale=-leaf.scale)
@@ -113,7 +115,7 @@ def initialise(
             )
         if leaf.dora:
             norm = changes.dora_norm(changed.get(leaf.path, leaves[leaf.path]), adapter)
-            adapter = replace(adapter, magnitude=norm)
+            adapter = plan.placed(leaf, replace(adapter, magnitude=norm))
         adapters[leaf.name] = adapter
     return paths.replace(params, changed), adapters | plan.with_params(params).copies()
 
@@ -247,7 +249,11 @@ def _check(plan: Plan, method: str, fn: Any, batches: Any, options: Mapping[str,
 
 
 def _matrices(weight: Array, leaf: LeafPlan) -> Float[Array, "s in_ out"]:
-    """Return the adapted part of a weight as one matrix for each stacked index."""
+    """Return the adapted part of a weight as one matrix for each stacked index.
+
+    Each is whole on every device of a mesh with explicit axes, as decompositions want it.
+    """
+    weight = placing.along(weight, ())
     if leaf.columns is not None:
         weight = lax.slice_in_dim(weight, *leaf.columns, axis=leaf.axes.index(OUT))
     order = [n for x in (STACKED, IN, OUT) for n, axis in enumerate(leaf.axes) if axis == x]
@@ -260,10 +266,10 @@ def _with_matrices(weight: Array, leaf: LeafPlan, stack: Float[Array, "s in_ out
     order = [n for x in (STACKED, IN, OUT) for n, axis in enumerate(leaf.axes) if axis == x]
     grouped = stack.reshape([leaf.part_shape[n] for n in order])
     part = grouped.transpose([order.index(n) for n in range(len(order))]).astype(weight.dtype)
-    if leaf.columns is None:
-        return part
-    axis = leaf.axes.index(OUT)
-    return lax.dynamic_update_slice_in_dim(weight, part, leaf.columns[0], axis)
+    if leaf.columns is not None:
+        axis, old = leaf.axes.index(OUT), placing.along(weight, ())
+        part = lax.dynamic_update_slice_in_dim(old, part, leaf.columns[0], axis)
+    return placing.as_sharded(part, weight)
 
 
 def _size(leaf: LeafPlan, letter: str) -> int:

@@ -6,12 +6,14 @@ One rule for each primitive, in the modules that are imported first.
 # Importing registers the rules.
 from . import (  # noqa: F401
     calls,
+    choices,
     complexes,
     derivatives,
     lookups,
     places,
     products,
     repeats,
+    shards,
     structure,
     sums,
 )

@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.sharding import PartitionSpec
 
 from .. import placing
-from . import passing
+from . import passing, shards
 from . import weight as weights
 from .interpret import Call
 from .passing import scan_counts
@@ -134,9 +134,10 @@ def shard_map(call: Call, *operands: Any) -> list[Any]:
 
     def body(*parts: Any) -> tuple[Any, ...]:
         key, *own = parts
+        named = zip(operands, own, call.params["in_specs"], strict=True)
         local = [
-            weights.with_parts(value, part) if isinstance(value, LoraWeight) else part
-            for value, part in zip(operands, own, strict=True)
+            shards.local(value, part, spec) if isinstance(value, LoraWeight) else part
+            for value, part, spec in named
         ]
         outs = call.interpret(call.jaxpr, *local, dropout_key=key)
         return tuple(passed.made(outs, "the shards' function returns the weight"))

@@ -12,18 +12,22 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from .. import lowrank, rows
 from ..adapter import IN, OUT, STACKED, Adapter, Adapters, Rows, check_fit, pick, rank
+from ..contractions import smaller_formed
 from ..errors import PlanError
+from .flops import count
 from .interpret import Record
 from .plan import _survey
+from .sites import LOOKUP, Site
 from .trace import Traced, trace
 from .transform import apply, reject_unused
 
@@ -39,8 +43,8 @@ class Frugality:
         forward: of the function without adapters.
         input_gradient: of carrying the gradient back to the first adapted weight, without
             adapters and without any ``dW``, except an author's own.
-        low_rank: of the products with A and B, ``2·rows·r·(in + out)`` forwards and twice that
-            backwards.
+        low_rank: what the products with A and B must cost: ``2·rows·r·(in + out)`` forwards and
+            twice that backwards. For narrow weights it is much beside ``in·out``.
         floor: ``4·rows·in·out`` over the products of all matrices, adapted or not.
         weight_sized: every compiled instruction that computes something of an adapted weight's
             size and that the function without adapters does not compute, such as
@@ -80,11 +84,15 @@ class Frugality:
             "step": self.flops,
             "floor, 4N a token": self.floor,
         }
+        base = self.forward + self.input_gradient
+        needed, beyond = (100 * part / base for part in (self.low_rank, self.flops - self.expected))
         lines = [f"{name:<20}  {flops:>20,} FLOPs" for name, flops in rows.items()]
         return "\n".join(
             [
                 *lines,
                 "",
+                f"over the base's own {base:,} FLOPs: needed by the low-rank products "
+                f"{needed:+.2f} %, beyond it {beyond:+.2f} %",
                 f"the step costs {100 * self.excess:+.2f} % of what is expected, "
                 f"and {self.over_floor:.3f} of the floor",
                 f"weight-sized: {', '.join(self.weight_sized) or 'nothing'}",
@@ -151,9 +159,7 @@ def frugality(
 
     step, base, notes = jax.value_and_grad(adapted), jax.value_and_grad(plain), set[str]()
     forward = count(plain, {}, traced.operands)
-    # What training these weights in full costs, less their own gradients.
-    own = _products(record, shapes, low_rank, dense=False)
-    input_gradient = count(base, trained, traced.operands) - 2 * own - forward
+    input_gradient = _input_gradient(step, adapters, low_rank, record, traced, shapes) - forward
     sizes = _sizes(shapes, low_rank)
     added = Counter(weight_sized(compiled(step, dict(adapters), traced.operands), sizes))
     fed = _fed(traced, trained)
@@ -169,22 +175,28 @@ def frugality(
     )
 
 
-def count(fn: Callable[..., Any], *operands: Any, notes: set[str] | None = None) -> int:
-    """Return the FLOPs of ``fn(*operands)``, with every step of every scan.
+def _input_gradient(
+    step: Callable[..., Any],
+    adapters: Adapters,
+    low_rank: Mapping[str, Adapter],
+    record: Record,
+    traced: Traced,
+    shapes: Mapping[str, Shape],
+) -> int:
+    """Return the FLOPs of a step with pairs of rank 0, which carry the gradient and cost nothing.
 
-    Args:
-        fn: the function.
-        *operands: arrays or ``jax.ShapeDtypeStruct``.
-        notes: where to say what has been left out.
-
-    >>> import jax.numpy as jnp
-    >>> ten = lambda x: jax.lax.scan(lambda h, _: (h @ h, None), x, None, length=10)[0]
-    >>> count(ten, jax.ShapeDtypeStruct((8, 8), jnp.float32)) // (2 * 8**3)
-    10
+    A weight whose ``W + s·A·B`` is formed has a gradient of its own there, which is left out.
     """
-    traced = jax.jit(fn).trace(*operands)
-    notes = set() if notes is None else notes
-    return _flops(traced) + _uncounted(traced.jaxpr.jaxpr, notes)
+    without = {path: jax.eval_shape(_of_rank_0, adapter) for path, adapter in low_rank.items()}
+    formed = {path for path, adapter in low_rank.items() if adapter.materialize}
+    own = _products(record, shapes, formed, dense=False)
+    return count(step, dict(adapters) | without, traced.operands) - 2 * own
+
+
+def _of_rank_0(adapter: Adapter) -> Adapter:
+    stacked = adapter.axes.count(STACKED)
+    b = lax.slice_in_dim(adapter.b, 0, 0, axis=stacked)
+    return replace(adapter, a=adapter.a[..., :0], b=b, magnitude=None, bias=None)
 
 
 def compiled(fn: Callable[..., Any], *operands: Any) -> str:
@@ -245,48 +257,6 @@ def sizes_of(shape: Shape, axes: str) -> list[Shape]:
     return [shape, tuple(n for n, axis in zip(shape, axes, strict=True) if axis != STACKED)]
 
 
-def _uncounted(jaxpr: core.Jaxpr, notes: set[str]) -> int:
-    """Return the FLOPs that XLA does not count: it counts a loop's body once."""
-    flops = 0
-    for eqn in jaxpr.eqns:
-        bodies = list(core.jaxprs_in_params(eqn.params))
-        inner = [_uncounted(body, notes) for body in bodies]
-        if eqn.primitive.name == "scan":
-            length, unroll = eqn.params["length"], int(eqn.params["unroll"])
-            counted = unroll + length % unroll if length >= unroll else length
-            flops += (length - counted) * _once(bodies[0]) + length * inner[0]
-        elif eqn.primitive.name == "cond" and any(inner):
-            once = [*map(_once, bodies)]
-            flops += max(map(sum, zip(once, inner, strict=True))) - max(once)
-        else:
-            flops += sum(inner)
-        notes |= _NOTES.get(eqn.primitive.name, set())
-    return flops
-
-
-_NOTES = {
-    "cond": {"of a cond the dearest branch is counted"},
-    "while": {"a while loop is counted as one step"},
-}
-
-
-def _once(body: core.Jaxpr) -> int:
-    operands = [
-        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # pyright: ignore
-        for v in (*body.constvars, *body.invars)
-    ]
-
-    def run(*values: Any) -> list[Any]:
-        consts = len(body.constvars)
-        return core.jaxpr_as_fun(core.ClosedJaxpr(body, values[:consts]))(*values[consts:])
-
-    return _flops(jax.jit(run).trace(*operands))
-
-
-def _flops(traced: Any) -> int:
-    return round(traced.lower().cost_analysis().get("flops", 0))
-
-
 def _total(outs: Iterable[Any]) -> Any:
     """Return the sum of what can be differentiated of a function's outputs."""
     sums = [jnp.sum(out) for out in outs if jnp.issubdtype(out.dtype, jnp.floating)]
@@ -320,7 +290,7 @@ def _products(
     return sum(
         site.rows * math.prod(_in_and_out(shapes[path], site.letters))
         for path in paths
-        for site in record.sites[path].values()
+        for site in record.sites.get(path, {}).values()
         if (dense or not site.dense_gradient) and site.primitive != "gather"
     )
 
@@ -328,10 +298,24 @@ def _products(
 def _low_rank(record: Record, shapes: Mapping[str, Shape], adapters: Mapping[str, Adapter]) -> int:
     """Return the FLOPs of the products with A and B: ``2·rows·r·(in + out)``, three times."""
     return sum(
-        6 * site.rows * rank(adapter) * sum(_in_and_out(shapes[path], site.letters))
+        6 * site.rows * _added(site, shapes[path], rank(adapter))
         for path, adapter in adapters.items()
-        for site in record.sites[path].values()
+        for site in record.sites.get(path, {}).values()
     )
+
+
+def _added(site: Site, shape: Shape, r: int) -> int:
+    """Return how many numbers of A and B a vector meets at a site.
+
+    A lookup has its row of A as it is. Each group of a convolution has x·A of its own; where it
+    keeps no more channels than the rank, A·B is smaller than A for each group, and takes its place.
+    """
+    summed, kept = _in_and_out(shape, site.letters)
+    if site.primitive == LOOKUP:
+        return r * kept
+    if smaller_formed(site.groups, kept, r):
+        return summed * kept
+    return r * (site.groups * summed + kept)
 
 
 def _ambiguous(

@@ -22,38 +22,12 @@ from ..initializers import fold_in_path
 from . import meshes, siblings
 from .registry import RULES, Unsupported
 from .runs import evaluate
+from .sites import Place, Site, bias_problem, formed
 from .trace import canonical
-from .weight import LoraWeight, dense, is_whole, use, window_axes
+from .weight import LoraWeight, is_whole, use, window_axes
 
 # Under `disable_jit` these are opened as well, so that execution really is op by op.
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "scan")
-
-
-@dataclass(frozen=True)
-class Site:
-    """One use of a parameter by one primitive.
-
-    Args:
-        primitive: the primitive's name.
-        letters: the letter that this use gives each axis of the parameter.
-        dense_gradient: whether an author's derivative around it forms the full ``dW``.
-        window: the parameter's axes that slide over the input.
-        rows: how many vectors the weight meets here, in all steps of the loops around it.
-        groups: how many groups of channels a convolution keeps apart.
-        whole: whether all of the parameter's in axes, and nothing else, are summed over here.
-    """
-
-    primitive: str
-    letters: str
-    dense_gradient: bool = False
-    window: frozenset[int] = frozenset()
-    rows: Size = 0
-    groups: int = 1
-    whole: bool = True
-
-
-Place = tuple[int, ...]
-"""Where an equation stands: its number in its jaxpr, after those of the calls around it."""
 
 
 @dataclass
@@ -297,21 +271,6 @@ def interpret(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def bias_problem(primitive: str, swapped: bool, whole: bool) -> str:
-    """Return why ``lora_bias`` has no rule for a use, empty where it has one.
-
-    Args:
-        primitive: that uses the weight.
-        swapped: whether in and out are exchanged in comparison with the adapter.
-        whole: as ``Site`` has it.
-    """
-    if primitive == "gather":
-        return "lora_bias has no rule for rows that are looked up"
-    if swapped:
-        return "lora_bias has no rule for a weight that is used the other way round"
-    return "" if whole else "lora_bias would be added for each part of what is summed over"
-
-
 def base_of(value: Any) -> Any:
     """Return the frozen array of a ``LoraWeight``, anything else as it is."""
     return value.base if isinstance(value, LoraWeight) else value
@@ -330,7 +289,7 @@ def _apply(call: Call, operands: list[Any]) -> list[Any]:
             outs = RULES[name](call, *operands)
     except Exception as problem:
         why = _reason(problem, operands)
-        whole = [formed(call.record, value) for value in operands]
+        whole = [formed(call.record, value, call.place) for value in operands]
         if any(map(_is_weight, whole)) and any(map(_differ, whole, operands)):
             return _apply(call, whole)
         for weight in filter(_is_weight, whole):
@@ -362,16 +321,6 @@ def _typed(call: Call, n: int, out: Any) -> Any:
         if not _is_weight(out):
             return meshes.as_typed(out, wanted)
         return replace(out, base=meshes.as_typed(out.base, wanted))
-
-
-def formed(record: Record, value: Any) -> Any:
-    """Return ``W + s·A·B`` of a weight where the plan lets it be formed, anything else as it is."""
-    if not _is_weight(value) or not all(leaf.materialize for leaf in value.leaves):
-        return value
-    if value.bias is not None:  # no weight holds it
-        return value
-    record.formed.update(value.paths)
-    return dense(value)
 
 
 def _differ(one: Any, two: Any) -> bool:

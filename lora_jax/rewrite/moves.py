@@ -63,6 +63,8 @@ def reshape(weight: LoraWeight, shape: Sequence[int], base: Any = None) -> LoraW
         labels = frozenset().union(*(weight.origin[axis] for axis in old))
         # One index of a part of an axis, as of one head among (heads, head), leaves the rest.
         if not new and labels - kept:
+            if labels <= weight.chosen and weight.leaves[0].ndim == 2:
+                raise Unsupported("rows are looked up in a way that has no rule")
             if not weight.planning and weight.letter(labels) != STACKED:
                 raise Unsupported("one index of an axis is taken that its adapter does not stack")
             looped |= labels
@@ -141,8 +143,8 @@ def concatenate(parts: Sequence[Any], axis: int) -> LoraWeight:
     base = lax.concatenate([_base(part) for part in parts], axis)
     if axis_is_new := not any(weight.origin[axis] for weight in weights):
         weights = [_stacked(weight, axis) for weight in weights]
-    weights = _alike(weights, base.dtype)
-    joined = _join_labels(weights)
+    weights = alike(weights, base.dtype)
+    joined = join_labels(weights)
     whole = replace(weights[0], base=base, **joined)
     if whole.planning:
         return whole
@@ -164,8 +166,8 @@ def add(weights: Sequence[LoraWeight], base: Any) -> LoraWeight:
     Raises:
         Unsupported: they give an axis different letters.
     """
-    weights = _alike(list(weights), base.dtype)
-    whole = replace(weights[0], base=base, **_join_labels(weights))
+    weights = alike(list(weights), base.dtype)
+    whole = replace(weights[0], base=base, **join_labels(weights))
     if whole.planning:
         return whole
     weights, scale = _of_one_scale(weights)
@@ -191,7 +193,7 @@ def _base(part: Any) -> Any:
     return part.base if isinstance(part, LoraWeight) else part
 
 
-def _alike(weights: list[LoraWeight], dtype: DTypeLike) -> list[LoraWeight]:
+def alike(weights: list[LoraWeight], dtype: DTypeLike) -> list[LoraWeight]:
     """Return the weights with A and B of one dtype: complex if one's are, else the widest."""
     if any(weight.turned for weight in weights):
         return [turn(weight, dtype) for weight in weights]
@@ -210,9 +212,9 @@ def _stacked(weight: LoraWeight, axis: int) -> LoraWeight:
     return replace(weight, origin=tuple(origin))
 
 
-def _join_labels(weights: Sequence[LoraWeight]) -> dict[str, Any]:
-    """Return leaves, origin and looped of several weights as one."""
-    leaves, origins, looped = [], [], frozenset()
+def join_labels(weights: Sequence[LoraWeight]) -> dict[str, Any]:
+    """Return leaves, origin, looped and shards of several weights as one."""
+    leaves, origins, looped, shards = [], [], frozenset(), frozenset()
     for weight in weights:
         shift = len(leaves)
 
@@ -221,9 +223,10 @@ def _join_labels(weights: Sequence[LoraWeight]) -> dict[str, Any]:
 
         leaves += weight.leaves
         looped |= moved(weight.looped)
+        shards |= {(*moved(frozenset({label})), name) for label, name in weight.shards}
         origins.append([moved(labels) for labels in weight.origin])
     origin = tuple(frozenset().union(*column) for column in zip(*origins, strict=True))
-    return dict(leaves=tuple(leaves), origin=origin, looped=looped)
+    return dict(leaves=tuple(leaves), origin=origin, looped=looped, shards=shards)
 
 
 def _join(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from .. import changes, paths, placing
 from .. import config as configs
 from .. import rows as rows_of
-from ..adapter import IN, OUT, Entry, Full
+from ..adapter import IN, OUT, Adapter, Entry, Full
 from ..config import LoraConfig
 from ..errors import ConfigError, raise_all
 from ..initializers import (
@@ -125,10 +125,13 @@ class Plan:
             if leaf.dora:
                 norm = changes.dora_norm(self.normed[leaf.path], adapter).astype(dtype)
                 adapter = replace(adapter, magnitude=norm)
-            if (sharding := self.sharded.get(leaf.path)) is not None:
-                adapter = placing.like_weight(adapter, sharding)
-            adapters[leaf.name] = adapter
+            adapters[leaf.name] = self.placed(leaf, adapter)
         return adapters | self.copies(dtype)
+
+    def placed(self, leaf: LeafPlan, adapter: Adapter) -> Adapter:
+        """Return an adapter sharded as its weight is, where the axes of a mesh are explicit."""
+        sharding = self.sharded.get(leaf.path)
+        return adapter if sharding is None else placing.like_weight(adapter, sharding)
 
     def copies(self, dtype: DTypeLike = jnp.float32) -> dict[str, Entry]:
         """Return what is trained as it is, leaves and rows, as it is in the model.

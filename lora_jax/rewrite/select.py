@@ -15,7 +15,8 @@ from ..adapter import IN, OUT, STACKED
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import PlanError, raise_all
 from . import hints
-from .interpret import Record, bias_problem
+from .interpret import Record
+from .sites import bias_problem
 from .tokens import tied_head
 
 Leaves = Mapping[str, Any]

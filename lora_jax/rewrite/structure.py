@@ -56,8 +56,10 @@ def dynamic_slice(call: Call, weight: LoraWeight, *starts: Any) -> LoraWeight:
     """Take a range that is only known at run time, as ``w[i]`` does in a loop."""
     sizes = call.params["slice_sizes"]
     cut = [n for n, size in enumerate(weight.base.shape) if sizes[n] != size]
+    by_data = [n for n in cut if not call.record.alone(call.eqn.invars[1 + n])]
+    chosen = weight.chosen.union(*(weight.origin[n] for n in by_data))
     return moves.cut(
-        weight,
+        replace(weight, chosen=chosen),
         lambda array, at, axis: lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], axis=at),
         cut,
     )
@@ -150,20 +152,6 @@ def reshard(call: Call, weight: LoraWeight) -> LoraWeight:
         for name, axes in ({name: stacked for name in PARTS[1:]} | scale).items()
     }
     return replace(weight, base=base, **moved)
-
-
-@rule("all_gather", "all_gather_invariant")
-def all_gather(call: Call, weight: LoraWeight) -> LoraWeight:
-    """Join the shards of an axis, of W and of that of A and B which has it, as FSDP does."""
-    params = dict(call.params)
-    axis = params["all_gather_dimension"]
-    if not params["tiled"]:
-        raise Unsupported("the shards are stacked along a new axis")
-
-    def gather(array: Any, at: int, axis: int) -> Any:
-        return call.eqn.primitive.bind(array, **params | {"all_gather_dimension": at})
-
-    return moves.cut(weight, gather, [axis])
 
 
 @rule("sharding_constraint", "pvary", "pcast", "reduce_precision")

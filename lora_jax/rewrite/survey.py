@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .interpret import Record, Site, interpret
+from .interpret import Record, interpret
 from .leaf import LeafPlan
 from .made import Alone
 from .select import could_adapt
+from .sites import Site, formed
 from .trace import Traced
 from .transform import reject_outputs, run_adapted
 from .weight import enter, same_use
@@ -27,7 +28,8 @@ def survey(traced: Traced) -> Record:
         for place, path in enumerate(traced.paths):
             if could_adapt(values[place]):
                 values[place] = enter(path, values[place])
-        reject_outputs(record, interpret(record, traced.closed, values))
+        outs = interpret(record, traced.closed, values)
+        reject_outputs(record, [formed(record, out, (-1 - n,)) for n, out in enumerate(outs)])
         return []
 
     _on_shapes(run, traced)

@@ -9,8 +9,9 @@ from .. import calling, changes, paths, rows
 from ..adapter import Adapter, Adapters, Full, Rows, check_fit
 from ..alora import check_active, masked
 from ..errors import AdapterError, raise_all
-from .interpret import Record, formed, interpret
+from .interpret import Record, interpret
 from .made import Alone
+from .sites import formed
 from .trace import Traced, trace
 from .weight import LoraWeight, enter
 
@@ -95,7 +96,8 @@ def run_adapted(
         elif path in parts:
             values[place] = enter(path, base, changes.joined(parts[path], base.shape))
     record.alone = Alone(traced)
-    outs = [formed(record, out) for out in interpret(record, traced.closed, values)]
+    outs = interpret(record, traced.closed, values)
+    outs = [formed(record, out, (-1 - n,)) for n, out in enumerate(outs)]
     reject_outputs(record, outs)
     return outs
 

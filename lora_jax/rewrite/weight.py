@@ -74,6 +74,9 @@ class LoraWeight:
         gain: DoRA's ``m / ‖W + s·A·B‖`` in the layout of B with r = 1; None without it.
         bias: the adapter's bias times the scale, in the same layout; None without it.
         turned: whether A and B are complex.
+        chosen: the parameters' axes of which the data has chosen an index or a range.
+        shards: inside ``shard_map``, the parameters' axes that are sharded along an axis of the
+            mesh, each with the name of that.
     """
 
     base: Any
@@ -86,6 +89,8 @@ class LoraWeight:
     gain: Any = None
     bias: Any = None
     turned: bool = field(default=False, metadata=dict(static=True))
+    chosen: frozenset[Label] = field(default=frozenset(), metadata=dict(static=True))
+    shards: frozenset[tuple[Label, str]] = field(default=frozenset(), metadata=dict(static=True))
 
     @property
     def planning(self) -> bool:
@@ -195,6 +200,8 @@ def use(
             if stacks and label in weight.looped:
                 continue  # several indices of it were taken, which may be kept or summed over
             if letters.setdefault(label, letter) != letter:
+                if label == STACK:
+                    raise Unsupported("stacked weights are used as one matrix")
                 raise Unsupported(f"only a part of axis {label[1]} is summed over")
     if letters.get(STACK, STACKED) != STACKED:
         raise Unsupported("stacked weights are used as one matrix")
