@@ -31,7 +31,7 @@ def count(fn: Callable[..., Any], *operands: Any, notes: set[str] | None = None)
 def _uncounted(jaxpr: core.Jaxpr, notes: set[str]) -> int:
     """Return the FLOPs that XLA does not count: it counts a loop's body once."""
     flops = 0
-    for eqn in jaxpr.eqns:
+    for eqn in _live(jaxpr):
         bodies = list(core.jaxprs_in_params(eqn.params))
         inner = [_uncounted(body, notes) for body in bodies]
         if eqn.primitive.name == "scan":
@@ -53,6 +53,16 @@ _NOTES = {
     "cond": {"of a cond the dearest branch is counted"},
     "while": {"a while loop is counted as one step"},
 }
+
+
+def _live(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    """Return the equations whose values are used: JAX lowers no others."""
+    used, live = {id(atom) for atom in jaxpr.outvars}, []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(id(var) in used for var in eqn.outvars):
+            used.update(map(id, eqn.invars))
+            live.append(eqn)
+    return live[::-1]
 
 
 def _ragged(eqn: core.JaxprEqn) -> int:

@@ -12,12 +12,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
 from .. import lowrank, rows
@@ -159,8 +158,16 @@ def frugality(
 
     step, base, notes = jax.value_and_grad(adapted), jax.value_and_grad(plain), set[str]()
     forward = count(plain, {}, traced.operands)
-    input_gradient = _input_gradient(step, adapters, low_rank, record, traced, shapes) - forward
-    sizes = _sizes(shapes, low_rank)
+    # What training these weights in full costs, less their own gradients.
+    own = _products(record, low_rank, dense=False)
+    input_gradient = count(base, trained, traced.operands) - 2 * own - forward
+    # A depthwise kernel's change is formed, being smaller than what would be formed without it.
+    large = {
+        path: adapter
+        for path, adapter in low_rank.items()
+        if not any(_takes_delta(s, rank(adapter)) for s in record.sites.get(path, {}).values())
+    }
+    sizes = _sizes(shapes, large)
     added = Counter(weight_sized(compiled(step, dict(adapters), traced.operands), sizes))
     fed = _fed(traced, trained)
     added -= Counter(weight_sized(compiled(base if fed else plain, fed, traced.operands), sizes))
@@ -168,35 +175,11 @@ def frugality(
         count(step, dict(adapters), traced.operands, notes=notes),
         forward,
         input_gradient,
-        _low_rank(record, shapes, low_rank),
-        4 * _products(record, shapes, record.sites),
+        _low_rank(record, low_rank),
+        4 * _products(record, record.sites),
         tuple(sorted(added.elements())),
         tuple(sorted(notes | _ambiguous(record, shapes, low_rank))),
     )
-
-
-def _input_gradient(
-    step: Callable[..., Any],
-    adapters: Adapters,
-    low_rank: Mapping[str, Adapter],
-    record: Record,
-    traced: Traced,
-    shapes: Mapping[str, Shape],
-) -> int:
-    """Return the FLOPs of a step with pairs of rank 0, which carry the gradient and cost nothing.
-
-    A weight whose ``W + s·A·B`` is formed has a gradient of its own there, which is left out.
-    """
-    without = {path: jax.eval_shape(_of_rank_0, adapter) for path, adapter in low_rank.items()}
-    formed = {path for path, adapter in low_rank.items() if adapter.materialize}
-    own = _products(record, shapes, formed, dense=False)
-    return count(step, dict(adapters) | without, traced.operands) - 2 * own
-
-
-def _of_rank_0(adapter: Adapter) -> Adapter:
-    stacked = adapter.axes.count(STACKED)
-    b = lax.slice_in_dim(adapter.b, 0, 0, axis=stacked)
-    return replace(adapter, a=adapter.a[..., :0], b=b, magnitude=None, bias=None)
 
 
 def compiled(fn: Callable[..., Any], *operands: Any) -> str:
@@ -280,42 +263,42 @@ def _fed(traced: Traced, trained: Mapping[int, Any]) -> dict[int, Any]:
     }
 
 
-def _products(
-    record: Record, shapes: Mapping[str, Shape], paths: Iterable[str], *, dense: bool = True
-) -> int:
+def _products(record: Record, paths: Iterable[str], *, dense: bool = True) -> int:
     """Return ``rows·in·out`` over these weights' products; ``dense`` for an author's ``dW`` too.
 
     A lookup multiplies nothing.
     """
     return sum(
-        site.rows * math.prod(_in_and_out(shapes[path], site.letters))
+        site.rows * site.work[0]
         for path in paths
         for site in record.sites.get(path, {}).values()
-        if (dense or not site.dense_gradient) and site.primitive != "gather"
+        if (dense or not site.dense_gradient) and site.primitive != LOOKUP
     )
 
 
-def _low_rank(record: Record, shapes: Mapping[str, Shape], adapters: Mapping[str, Adapter]) -> int:
+def _low_rank(record: Record, adapters: Mapping[str, Adapter]) -> int:
     """Return the FLOPs of the products with A and B: ``2·rows·r·(in + out)``, three times."""
     return sum(
-        6 * site.rows * _added(site, shapes[path], rank(adapter))
+        6 * site.rows * _added(site, rank(adapter))
         for path, adapter in adapters.items()
         for site in record.sites.get(path, {}).values()
     )
 
 
-def _added(site: Site, shape: Shape, r: int) -> int:
-    """Return how many numbers of A and B a vector meets at a site.
+def _added(site: Site, r: int) -> int:
+    """Return how often a vector's numbers are multiplied with A's and B's at a site.
 
     A lookup has its row of A as it is. Each group of a convolution has x·A of its own; where it
     keeps no more channels than the rank, A·B is smaller than A for each group, and takes its place.
     """
-    summed, kept = _in_and_out(shape, site.letters)
+    product, by_a, by_b = site.work
     if site.primitive == LOOKUP:
-        return r * kept
-    if smaller_formed(site.groups, kept, r):
-        return summed * kept
-    return r * (site.groups * summed + kept)
+        return r * by_b
+    return product if _takes_delta(site, r) else r * (site.groups * by_a + by_b)
+
+
+def _takes_delta(site: Site, r: int) -> bool:
+    return smaller_formed(site.groups, site.work[2], r)
 
 
 def _ambiguous(

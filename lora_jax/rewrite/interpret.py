@@ -22,7 +22,7 @@ from ..initializers import fold_in_path
 from . import meshes, siblings
 from .registry import RULES, Unsupported
 from .runs import evaluate
-from .sites import Place, Site, bias_problem, formed
+from .sites import Place, Site, bias_problem, formed, work
 from .trace import canonical
 from .weight import LoraWeight, is_whole, use, window_axes
 
@@ -144,7 +144,11 @@ class Call:
         rows = self.record.times * math.prod(self.out_shape) // max(kept, 1)
         for n, leaf in enumerate(weight.leaves):
             slides = window_axes(weight, window, n)
-            site = Site(name, found[leaf.path], self.dense_gradient, slides, rows, groups, whole)
+            letters = found[leaf.path] if leaf.letters is None else leaf.letters
+            needed = work(weight, letters, contracted, batch, n)
+            site = Site(
+                name, found[leaf.path], self.dense_gradient, slides, rows, groups, whole, needed
+            )
             self.record.sites.setdefault(leaf.path, {})[self.place] = site
 
     def reject_together(self, one: LoraWeight, other: LoraWeight, why: Unsupported) -> None:

@@ -79,8 +79,11 @@ def share(
     for adapters in (family for family in found.values() if len(family) > 1):
         eqn, x, _ = products[next(iter(adapters))]
         ((axis,), _), _ = eqn.params["dimension_numbers"]
-        formed = lowrank.hiddens(x, list(adapters.values()), axis, eqn.params["precision"])
-        hidden |= zip(adapters, formed, strict=True)
+        # Slices of one weight's outputs have one A.
+        distinct = {id(adapter.a): adapter for adapter in adapters.values()}
+        formed = lowrank.hiddens(x, list(distinct.values()), axis, eqn.params["precision"])
+        of_a = dict(zip(distinct, formed, strict=True))
+        hidden |= {index: of_a[id(adapter.a)] for index, adapter in adapters.items()}
     return hidden
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapter import IN, OUT, STACKED, pick
 from ..arranging import Size
 from .registry import Unsupported
 from .weight import LoraWeight, dense, use
@@ -22,6 +25,8 @@ class Site:
         rows: how many vectors the weight meets here, in all steps of the loops around it.
         groups: how many groups of channels a convolution keeps apart.
         whole: whether all of the parameter's in axes, and nothing else, are summed over here.
+        work: the multiplications for one vector: with the weight, and for each of the ranks with
+            A and with B. Inside of shards and of a slice they are those of the part.
     """
 
     primitive: str
@@ -31,6 +36,7 @@ class Site:
     rows: Size = 0
     groups: int = 1
     whole: bool = True
+    work: tuple[Size, Size, Size] = (0, 0, 0)
 
 
 Place = tuple[int, ...]
@@ -38,6 +44,28 @@ Place = tuple[int, ...]
 
 LOOKUP = "gather"
 """The name of a site at which rows are looked up."""
+
+
+def work(
+    weight: LoraWeight, letters: str, contracted: Sequence[int], batch: Sequence[int], leaf: int
+) -> tuple[Size, Size, Size]:
+    """Return a site's ``work`` for one of a weight's parameters, which has these letters there.
+
+    Where stacked axes are kept, x meets every A of the stack; where they are summed over, every B.
+    """
+    if len(weight.leaves) > 1:
+        shape = weight.leaves[leaf].shape
+        summed, kept = (math.prod(pick(shape, letters, letter)) for letter in (IN, OUT))
+        return summed * kept, summed, kept
+    stacked = {(leaf, n) for n, letter in enumerate(letters) if letter == STACKED}
+
+    def size(axes: Iterable[int], *, stacks: bool = False) -> Size:
+        sizes = ((weight.base.shape[n], weight.origin[n]) for n in axes)
+        return math.prod(n for n, labels in sizes if not stacks or labels & stacked)
+
+    free = [n for n in range(len(weight.origin)) if n not in (*contracted, *batch)]
+    summed, kept = size(contracted), size(free)
+    return summed * kept, summed * size(free, stacks=True), kept * size(contracted, stacks=True)
 
 
 def bias_problem(primitive: str, swapped: bool, whole: bool) -> str:
@@ -92,6 +120,7 @@ def _looked_up(record: Any, weight: LoraWeight, axis: int, place: Place) -> Any:
         return weight
     if leaf.masked and not weight.planning:  # an aLoRA, which has a rule for products alone
         return weight
-    site = Site(LOOKUP, letters, rows=record.times * weight.base.shape[axis])
+    rows, kept = record.times * weight.base.shape[axis], weight.base.shape[1 - axis]
+    site = Site(LOOKUP, letters, rows=rows, work=(0, 0, kept))
     record.sites.setdefault(leaf.path, {})[place] = site
     return weight.base if weight.planning else dense(weight)
