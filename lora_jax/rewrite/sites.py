@@ -105,7 +105,8 @@ def formed(record: Any, value: Any, place: Place = ()) -> Any:
 
 def row_axis(weight: LoraWeight) -> int | None:
     """Return the axis of a matrix of which the data has chosen an index or a range, or None."""
-    if len(weight.leaves) > 1 or weight.leaves[0].ndim != 2 or weight.base.ndim != 2:
+    one_matrix = [leaf.ndim for leaf in weight.leaves] == [2]
+    if not one_matrix or weight.base.ndim != 2:
         return None
     found = [n for n, labels in enumerate(weight.origin) if labels and labels <= weight.chosen]
     return found[0] if len(found) == 1 else None
