@@ -127,7 +127,7 @@ COMMANDS = rows(
     ),
     (
         "a missing tie_word_embeddings means apart",
-        "commands/placing.py",
+        "commands/stored.py",
         'config.get("tie_word_embeddings", True)',
         'config.get("tie_word_embeddings", False)',
         (
@@ -137,7 +137,7 @@ COMMANDS = rows(
     ),
     (
         "square weights of Conv1D are merged as those of Linear",
-        "commands/placing.py",
+        "commands/stored.py",
         "(LOOKED_UP if transposed else LINEAR)",
         "LINEAR",
         "test_file_commands.py::test_square_weights_alone_follow_the_flag",
