@@ -19,6 +19,9 @@ MIB = 1 << 20
 # Configurations, records and indices. The largest that are known, of tokenizers, have 40 MB.
 LARGEST = 256 * MIB
 
+MOST_VALUES = 1 << 21
+"""Values in JSON. The largest index of shards that is known has 300,000."""
+
 _KINDS = {
     stat.S_ISDIR: "Is a directory",
     stat.S_ISFIFO: "Is a named pipe",
@@ -96,10 +99,12 @@ def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
     """
     content = bytearray()
     with open_regular(path) as stream:
+        too_long = os.fstat(stream.fileno()).st_size > limit
         # A part at a time: to read n bytes at once, Python allocates n.
-        while len(content) <= limit and (part := stream.read(MIB)):
+        while not too_long and (part := stream.read(MIB)):
             content += part
-    if len(content) > limit:
+            too_long = len(content) > limit
+    if too_long:
         said = f"it holds more than the {limit:,} bytes that such a file may have"
         raise OSError(errno.EFBIG, said, str(path))
     return bytes(content)
@@ -108,18 +113,35 @@ def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
 def parse_json(content: bytes | str) -> Any:
     """Return what JSON says, as ``json.loads``, which gives up on deep nesting in its own way.
 
+    A value of three bytes takes a hundred in memory, so that their number is looked at first.
+
     Raises:
-        ValueError: it is not JSON, or nested too deeply.
+        ValueError: it is not JSON, nested too deeply, or holds more values than ``MOST_VALUES``.
 
     >>> parse_json("[" * 100_000 + "]" * 100_000)
     Traceback (most recent call last):
         ...
     ValueError: it is nested too deeply
     """
+    refuse_many(content)
     try:
         return json.loads(content)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def refuse_many(content: bytes | str) -> None:
+    """Raise where JSON holds more values than ``MOST_VALUES``, by what separates them.
+
+    Raises:
+        ValueError: it does.
+    """
+    if isinstance(content, bytes):
+        marks = sum(map(content.count, (b",", b"[", b"{")))
+    else:
+        marks = sum(map(content.count, ",[{"))
+    if marks > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES:,} values")
 
 
 def is_inside(path: Path, directory: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,12 +27,22 @@ class Limits:
         stalled: after this long with less than ``least`` new bytes it is given up.
         least: bytes.
         poll: how often is looked.
+        slowest: bytes in a second that are sent at least, where nobody counts them.
     """
 
     said: float = 5.0
     stalled: float = 60.0
     least: int = 1 << 16
     poll: float = 0.5
+    slowest: int = 1 << 14
+
+    def of_sending(self, size: int) -> Limits:
+        """Return the limits of sending so many bytes, of which nobody tells how many are gone.
+
+        >>> Limits(stalled=60.0, slowest=100).of_sending(500).stalled
+        65.0
+        """
+        return replace(self, stalled=self.stalled + size / self.slowest)
 
 
 LIMITS = Limits()
@@ -42,7 +52,7 @@ def within(
     work: Callable[[], T],
     what: str,
     *,
-    arrived: Callable[[], int] = lambda: 0,
+    arrived: Callable[[], int] | None = None,
     say: Callable[[str], object] | None = None,
     limits: Limits | None = None,
 ) -> T:
@@ -51,7 +61,7 @@ def within(
     Args:
         work: is called in a thread; when it is given up, nobody asks for its result.
         what: is waited for, for messages.
-        arrived: how many bytes are there.
+        arrived: how many bytes are there; None where that is not known.
         say: called with a line where it takes long.
         limits: see ``Limits``; by default ``LIMITS``.
 
@@ -74,18 +84,22 @@ def within(
 
     threading.Thread(target=run, daemon=True).start()
     began = since = time.monotonic()
-    seen, next_line = arrived(), limits.said
+    count = arrived or (lambda: 0)
+    seen, next_line = count(), limits.said
     while not done.wait(min(limits.poll, limits.stalled / 4)):
         now = time.monotonic()
-        if (there := arrived()) - seen >= limits.least:
+        if (there := count()) - seen >= limits.least:
             seen, since = there, now
         if now - since >= limits.stalled:
-            raise AssetError(
-                f"{what}: given up after {now - began:.0f} s, the last {now - since:.0f} of them "
-                f"with {max(there - seen, 0):,} new bytes"
+            few = (
+                f", the last {now - since:.0f} of them with {max(there - seen, 0):,} new bytes"
+                if arrived
+                else ""
             )
+            raise AssetError(f"{what}: given up after {now - began:.0f} s{few}")
         if say is not None and now - began >= next_line:
-            say(f"{what}: waiting for {now - began:.0f} s, {there:,} bytes are there")
+            known = f", {there:,} bytes are there" if arrived else ""
+            say(f"{what}: waiting for {now - began:.0f} s{known}")
             next_line *= 2
     if "error" in result:
         raise result["error"]

@@ -126,8 +126,36 @@ COMMANDS = rows(
         ("test_command_options.py::test_convert_takes_the_part_the_alpha_and_the_name_it_is_given"),
     ),
     (
+        "convert leaves DoRA's magnitudes behind",
+        "peft/layouts.py",
+        "            if ending in halves:\n                new[",
+        "            if ending in ():\n                new[",
+        "test_convert.py::test_what_modules_have_beside_a_and_b_goes_along",
+    ),
+    (
+        "the sentences of a report in Markdown are markup",
+        "parity/report.py",
+        "*map(_in_table, sentences(report))",
+        "*sentences(report)",
+        "test_markup.py::test_a_report_in_markdown_shows_names_as_they_are",
+    ),
+    (
+        "texts with two labels are dropped unsaid",
+        "train/finetune.py",
+        "data.contradictions(texts)) > 0",
+        "data.contradictions(texts)) > len(texts.labels)",
+        "test_messages.py::test_texts_with_several_labels_are_said",
+    ),
+    (
+        "JSON of any number of values is parsed",
+        "intake.py",
+        "if marks > MOST_VALUES:",
+        "if marks > MOST_VALUES**2:",
+        "test_intake.py::test_json_of_too_many_values_is_not_parsed",
+    ),
+    (
         "a missing tie_word_embeddings means apart",
-        "commands/placing.py",
+        "commands/stored.py",
         'config.get("tie_word_embeddings", True)',
         'config.get("tie_word_embeddings", False)',
         (
@@ -137,7 +165,7 @@ COMMANDS = rows(
     ),
     (
         "square weights of Conv1D are merged as those of Linear",
-        "commands/placing.py",
+        "commands/stored.py",
         "(LOOKED_UP if transposed else LINEAR)",
         "LINEAR",
         "test_file_commands.py::test_square_weights_alone_follow_the_flag",

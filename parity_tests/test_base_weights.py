@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import jax
@@ -328,3 +329,50 @@ def test_a_bias_of_the_head_is_the_bases_unless_biases_are_trained(bias, base):
     adapters = {name: Full(jnp.ones(3)) for name in ("lm_head.weight", "lm_head.bias", "up.bias")}
     found = base_weights(LoraConfig(bias=bias, target_modules=["up"]), adapters)
     assert found.keys() == {"lm_head.weight", *(["lm_head.bias"] if base else [])}
+
+
+def test_base_weights_in_a_subfolder_are_put_in(tmp_path):
+    pefts(tmp_path / "in/here", Model(), moved=True, target_modules=["lm_head"])
+    fn, params, found = planned(tmp_path / "in/here", Model())
+    for where, inner in ((tmp_path, "in/here"), (tmp_path / "in", "here")):
+        whole = with_base_weights(where, found, params, subfolder=inner)
+        again = plan(fn, whole, found.config, jnp.asarray(IDS))
+        assert load_pretrained(where, again, subfolder=inner).keys() == {"lm_head.weight"}
+    with pytest.raises(AdapterError, match="subfolder: got '../here'"):
+        with_base_weights(tmp_path, found, params, subfolder="../here")
+
+
+def renamed_weights(path, rename):
+    stored = load_file(path / WEIGHTS)
+    save_file(
+        {PREFIX + rename(key.removeprefix(PREFIX)): value for key, value in stored.items()},
+        path / WEIGHTS,
+    )
+
+
+def test_base_weights_in_names_of_a_known_family_are_put_in(tmp_path):
+    """As ``load_pretrained`` reads them: here, those of a language model inside a LLaVA."""
+    pefts(tmp_path, Model(), moved=True, target_modules=["lm_head", "up"])
+    fn, params, found = planned(tmp_path, Model())
+    wanted = with_base_weights(tmp_path, found, params)
+    renamed_weights(tmp_path, "language_model.model.{}".format)
+    prefix = "model.language_model."
+
+    def outer(params, ids):
+        return fn({name.removeprefix(prefix): value for name, value in params.items()}, ids)
+
+    inside = {f"{prefix}{name}": value for name, value in params.items()}
+    config = dataclasses.replace(found.config, target_modules=["up"])
+    there = plan(outer, inside, config, jnp.asarray(IDS))
+    with pytest.warns(UserWarning, match="language_model.model as model.language_model"):
+        whole = with_base_weights(tmp_path, there, inside)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(whole[f"{prefix}{name}"], value)
+
+
+def test_base_weights_without_a_place_say_which_places_there_are(tmp_path):
+    pefts(tmp_path, Model(), moved=True, target_modules=["lm_head"])
+    _, params, found = planned(tmp_path, Model())
+    renamed_weights(tmp_path, lambda name: name.replace("lm_head", "elsewhere.lm_head"))
+    with pytest.raises(AdapterError, match="no such module, .* are embed_tokens, lm_head; give"):
+        with_base_weights(tmp_path, found, params)

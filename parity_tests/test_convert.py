@@ -286,3 +286,82 @@ def test_tensors_of_other_ranks_than_the_configuration_are_refused(tiny, tmp_pat
     (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(fields | {"r": 4}))
     assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err.count("got r=3, the configuration's 4") == 4
+
+
+def without_prefix(directory, out, *, config=True):
+    """Write the tensors of a PEFT directory in the names of before its prefix."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    out.mkdir()
+    save_file(
+        {key.removeprefix(PREFIX): value for key, value in tensors.items()},
+        out / "adapter_model.safetensors",
+    )
+    if config:
+        fields = (directory / "adapter_config.json").read_bytes()
+        (out / "adapter_config.json").write_bytes(fields)
+    return tensors
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_what_modules_have_beside_a_and_b_goes_along(field, said, tmp_path, capsys):
+    """DoRA's magnitudes and the biases of B, with the field that says so or by their names."""
+    torch.manual_seed(0)
+    model = llama(attention_bias=True, mlp_bias=True).eval()
+    wrapped = adapter_of(copy.deepcopy(model), tmp_path / "adapter", **{field: True})
+    assert np.abs(logits(wrapped) - logits(model)).max() > 1e-2
+    tensors = without_prefix(tmp_path / "adapter", tmp_path / "old", config=said)
+    argv = ["convert", str(tmp_path / "old"), str(tmp_path / "new")]
+    assert main([*argv, *([] if said else ["--lora-alpha", "5"])]) == 0, capsys.readouterr().err
+    new = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    assert new.keys() == tensors.keys()
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(new[key], value)
+    assert getattr(load_config(tmp_path / "new"), field) is True
+    np.testing.assert_allclose(
+        converted_logits(model, tmp_path / "new"), logits(wrapped), rtol=1e-5, atol=1e-6
+    )
+    assert len(open_adapter(tmp_path / "new")[1]) == 6
+
+
+def test_a_convolutions_magnitudes_go_along(tmp_path):
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(2, 6, 3, 3)
+    targets = ["proj_in", "to_q"]
+    wrapped = adapter_of(
+        copy.deepcopy(model), tmp_path / "adapter", target_modules=targets, use_dora=True
+    )
+    without_prefix(tmp_path / "adapter", tmp_path / "old")
+    assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "new").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(loaded(x), wrapped(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_beside_a_and_b_is_every_modules_and_fits(tiny, tmp_path, capsys):
+    directory, _, _, tensors = tiny
+    model = llama().eval()
+    adapter_of(model, tmp_path / "adapter", use_dora=True)
+    old = without_prefix(tmp_path / "adapter", tmp_path / "old")
+    magnitude = "lora_magnitude_vector"
+    first, second, *_ = sorted(key for key in old if key.endswith(magnitude))
+    plain = {key.removeprefix(PREFIX): value for key, value in old.items()}
+    owner = first.removeprefix(PREFIX).removesuffix(f".{magnitude}")
+    path = tmp_path / "old" / "adapter_model.safetensors"
+    argv = ["convert", str(tmp_path / "old"), str(tmp_path / "new")]
+    changed = plain | {second.removeprefix(PREFIX): old[second][:-1]}
+    del changed[first.removeprefix(PREFIX)]
+    save_file(changed, path)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert f"{owner}: has no {magnitude}, where use_dora=True" in said
+    size = len(old[second])
+    assert f"{second.removeprefix(PREFIX)}: got ({size - 1},), wanted ({size},)" in said
+    save_file(plain, path)
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = tmp_path / "old" / "adapter_config.json"
+    config.write_text(json.dumps(fields | {"use_dora": False}))
+    assert main(argv) == 2
+    assert f"{owner}: has {magnitude}, where use_dora=False" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

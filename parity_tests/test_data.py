@@ -158,7 +158,7 @@ def test_the_sms_corpus_gives_the_reference_split(sms_path):
     assert data.classes == ("ham", "spam") and np.bincount(even.labels).tolist() == [561, 561]
     parts = split(even)
     assert [len(part.texts) for part in parts] == [785, 112, 225]
-    assert sorted(sum((part.texts for part in parts), ())) == sorted(even.texts)
+    assert sorted(text for part in parts for text in part.texts) == sorted(even.texts)
     assert all(len(set(part.labels.tolist())) == 2 for part in parts)
     assert np.any(np.diff(parts[0].labels) < 0)
 

@@ -9,6 +9,8 @@ import json
 import re
 import socket
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub.constants
@@ -25,6 +27,7 @@ from lora_jax import (
     open_adapter,
     push_to_hub,
     save_pretrained,
+    waiting,
 )
 from lora_jax.errors import AdapterError, OutputError
 from parity_tests.test_strict_files import CONFIG, WEIGHTS, planned, random_adapters
@@ -245,6 +248,29 @@ def test_what_cannot_be_pushed_says_why_and_sends_nothing(hub, monkeypatch):
     with pytest.raises(OutputError, match="cannot be reached"):
         push_to_hub(REPO, found, adapters)
     assert hub.commits == {}
+
+
+def test_an_upload_that_nobody_answers_is_said_and_given_up(hub, monkeypatch, caplog):
+    found, over, answer = planned(), threading.Event(), StandInHub.do_POST
+
+    def silent(self):
+        if "/commit/" in self.path:
+            over.wait(20)
+        else:
+            answer(self)
+
+    monkeypatch.setattr(StandInHub, "do_POST", silent)
+    quick = waiting.Limits(said=0.1, stalled=0.6, poll=0.05, slowest=1 << 20)
+    monkeypatch.setattr(waiting, "LIMITS", quick)
+    began = time.monotonic()
+    said = r"sending [\d,]+ bytes to me/ours"
+    try:
+        with pytest.raises(OutputError, match=rf"{said}: given up after 1 s; look there whether"):
+            push_to_hub(REPO, found, random_adapters(found))
+    finally:
+        over.set()
+    assert time.monotonic() - began < 10 and hub.commits == {}
+    assert re.search(rf"{said}: waiting for \d s\n", caplog.text)
 
 
 def test_a_missing_client_fails_with_the_command_to_install_it(monkeypatch):

@@ -13,6 +13,7 @@ from lora_jax.cli import main
 from lora_jax.commands.checkpoint import copy_others, read_checkpoint
 from lora_jax.errors import AdapterError
 from lora_jax.models import load_params, save_model
+from lora_jax.peft import config_json
 from parity_tests import tiny
 
 SECRET = "SECRET"
@@ -175,3 +176,12 @@ def test_a_file_may_only_be_so_long(tmp_path):
     assert intake.read_bytes(tmp_path / "long", limit=5) == b"12345"
     with pytest.raises(OSError, match="more than the 4 bytes"):
         intake.read_bytes(tmp_path / "long", limit=4)
+
+
+def test_json_of_too_many_values_is_not_parsed(monkeypatch):
+    monkeypatch.setattr(intake, "MOST_VALUES", 5)
+    assert intake.parse_json('[1, {"a": [2]}]') == intake.parse_json(b'[1, {"a": [2]}]')
+    for parse in (intake.parse_json, config_json.parse):
+        for text in (b"[1, 2, 3, 4, 5, 6]", b"[[[[[[]]]]]]"):
+            with pytest.raises(ValueError, match="it holds more than 5 values"):
+                parse(text)

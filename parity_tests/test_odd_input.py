@@ -20,6 +20,7 @@ import lora_jax
 from lora_jax import cli
 from lora_jax.cli import main
 from parity_tests import tiny
+from parity_tests.measured import frugal
 
 ROOT = Path(lora_jax.__file__).parent.parent
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -46,9 +47,13 @@ def here(made, tmp_path, monkeypatch):
 
 
 def is_clean(capsys, argv, codes=(1, 2)):
-    """Hold what every refusal looks like; return the message."""
-    code = main(argv)
-    out, err = capsys.readouterr()
+    """Hold what every refusal looks like, and what it takes; return the message."""
+    with frugal(argv):
+        code = main(argv)
+    return is_clean_output(argv, code, *capsys.readouterr(), codes)
+
+
+def is_clean_output(argv, code, out, err, codes=(1, 2)):
     assert code in codes, (argv, code, out[-300:], err[-300:])
     if code:
         # Notes about a download may stand before it.
@@ -94,7 +99,7 @@ TARGETS = {
     "convert OUT": ["convert", "adapter", "X"],
     "merge OUT of a run": ["merge", "run", "X"],
     "merge OUT of files": ["merge", "model", "adapter", "X"],
-    "parity --output": ["parity", "--levels", "0", "--only", "layer*", "--output", "X"],
+    "parity --output": ["parity", "--levels", "0", "--only", "*", "--output", "X"],
 }
 
 PATHS = {
@@ -149,6 +154,7 @@ CONTENTS = {
     "no UTF-8": b"\xff\xfe{}",
     "a control character": '{"\x1b[2J": "\x07',
     "zeros": b"\0" * 1000,
+    "many values": b"[" + b"[]," * 6_000_000 + b"0]",
 }
 
 # Every file that a command reads as JSON.
@@ -181,6 +187,10 @@ def test_every_json_file_may_hold_anything(here, capsys):
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
             for argv in commands:
                 is_clean(capsys, argv)
+        # Of so many bytes none is on the disk.
+        os.truncate(path, 1 << 40)
+        for argv in commands:
+            is_clean(capsys, argv)
         path.unlink() if good is None else path.write_bytes(good)
     assert not (here / "out").exists() or not any((here / "out").iterdir())
 

@@ -142,6 +142,11 @@ def test_names_that_do_not_fit_are_listed():
     assert compare(fn, lambda **given: {"logits": fn(**given)}, inputs, outputs={"y": "logits"}).ok
     with pytest.raises(ParityError, match="z: not an input"):
         compare(fn, fn, inputs, wrt=["z"])
+    with pytest.raises(ParityError, match="wrt: got no path, wanted some of w, x;"):
+        compare(fn, fn, inputs, wrt=())
+    whole = {name: np.ones((2, 2), np.int32) for name in inputs}
+    with pytest.raises(ParityError, match="inputs: got none of floating dtype"):
+        compare(fn, fn, whole)
 
 
 def test_a_rounded_scale_in_bfloat16_is_a_bias():

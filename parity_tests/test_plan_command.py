@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import transformers
 
 from lora_jax.cli import main
 from parity_tests.test_bert import save_tiny
+from parity_tests.tiny import edit_json
 
 
 def test_a_bert_directory_is_planned_in_flax(tmp_path, capsys):
@@ -48,3 +51,64 @@ def test_what_matches_nothing_is_said(tmp_path, capsys):
 def test_bad_usage_is_one_message(argv, capsys):
     assert main(argv) == 2
     assert capsys.readouterr().err
+
+
+def tiny(directory, kind, config, **fields):
+    """Save a random model of this kind, and then other fields in its configuration."""
+    getattr(transformers, kind)(getattr(transformers, config)(**fields)).save_pretrained(directory)
+
+
+LLAMA = dict(
+    vocab_size=23,
+    hidden_size=12,
+    intermediate_size=20,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+)
+BART = dict(vocab_size=23, d_model=12, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8)
+BART |= dict(decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2)
+OTHER_FAMILIES = {
+    "num_hidden_layers": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "decoder_layers": ("BartModel", "BartConfig", BART),
+    "n_layer": ("GPT2Model", "GPT2Config", dict(vocab_size=23, n_embd=8, n_layer=1, n_head=2)),
+    "num_local_experts": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        LLAMA | dict(num_local_experts=2, num_experts_per_tok=1),
+    ),
+}
+
+
+def test_more_layers_than_the_file_has_are_not_built_in_any_family(tmp_path, capsys, monkeypatch):
+    def built(*args, **more):
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr("lora_jax.models.planning._parameters", built)
+    for field, (kind, config, fields) in OTHER_FAMILIES.items():
+        directory = tmp_path / kind
+        tiny(directory, kind, config, **fields)
+        edit_json(directory / "config.json", **{field: 5000})
+        assert main(["plan", str(directory)]) == 2
+        assert f"{field}: got 5,000, the file has " in capsys.readouterr().err
+        inside = {"text_config": {field: [1, 70_000]}, field: 1}
+        edit_json(directory / "config.json", **inside)
+        assert main(["plan", str(directory)]) == 2
+        assert f"text_config.{field}: got 70,000, the file has " in capsys.readouterr().err
+
+
+def test_a_model_far_larger_than_its_file_is_not_allocated(tmp_path, capsys, monkeypatch):
+    for kind, config, fields in OTHER_FAMILIES.values():
+        tiny(tmp_path / kind, kind, config, **fields)
+        main(["plan", str(tmp_path / kind)])
+        assert "does not fit the weights" not in capsys.readouterr().err
+
+    def allocated(*args, **more):
+        raise AssertionError("the model was allocated")
+
+    for kind, *_ in OTHER_FAMILIES.values():
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", allocated)
+        edit_json(tmp_path / kind / "config.json", vocab_size=10**10)
+        assert main(["plan", str(tmp_path / kind)]) == 2
+        said = capsys.readouterr().err
+        assert re.search(r"describes a model of \d{2,3}(,\d{3}){3} parameters, the file has", said)

@@ -41,7 +41,7 @@ from lora_jax.commands.checkpoint import read_checkpoint
 from lora_jax.commands.diff import DiffOptions, diff_files
 from lora_jax.commands.inspect import InspectOptions, inspect_files
 from lora_jax.commands.merge import merge_files
-from lora_jax.commands.placing import place
+from lora_jax.commands.stored import place
 from lora_jax.entries import labelled
 from lora_jax.errors import AdapterError, ConfigError, PlanError
 from lora_jax.inits import initialise

@@ -28,7 +28,8 @@ class ConvertOptions:
     """Write an adapter of an older layout as a PEFT directory.
 
     Reads loralib's bare lora_A and lora_B, kohya's and diffusers' lora_down and lora_up, PEFT's
-    names without their prefix, MLX-LM's lora_a and lora_b, and adapters of single experts.
+    names without their prefix (DoRA's magnitudes and biases of B included), MLX-LM's lora_a and
+    lora_b, and adapters of single experts.
 
     Args:
         source: a .safetensors file, or a directory with adapter_model.safetensors (or its shards)

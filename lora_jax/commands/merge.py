@@ -27,7 +27,7 @@ from ..peft.tensors import changed_base
 from ..rewrite.tokens import is_input_embedding
 from ..shown import escaped
 from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file
-from .placing import biases, family_of, is_tied, place, plain_names, refuse_unmet, without_tied
+from .stored import biases, family_of, is_tied, place, plain_names, refuse_unmet, without_tied
 from .tables import table
 
 Entries = Mapping[str, Entry]

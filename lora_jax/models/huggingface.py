@@ -100,7 +100,7 @@ def load_params(directory: str | Path) -> Params:
     directory = check_model(directory)
     config = BertConfig.from_file(directory / "config.json")
     path = directory / "model.safetensors"
-    with _open_weights(path) as file:
+    with open_weights(path) as file:
         keys, problems = _stored_names(file.keys())
         shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in keys.items()}
         heads = (shapes.get("classifier.weight"), shapes.get("classifier.bias"))
@@ -312,12 +312,17 @@ def _flax_array(path: str, array: np.ndarray) -> jax.Array:
 
 
 def _has_prefix(path: Path) -> bool:
-    with _open_weights(path) as file:
+    with open_weights(path) as file:
         return any(key.startswith(PREFIX) for key in file.keys())
 
 
 @contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
+def open_weights(path: Path) -> Iterator[Any]:
+    """Give an open safetensors file.
+
+    Raises:
+        AssetError: it is no regular file, a pointer to one, or not complete.
+    """
     pointers.refuse(path, AssetError)
     try:
         require_regular(path)

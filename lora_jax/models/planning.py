@@ -14,6 +14,7 @@ from ..assets import one_line, resolve_model
 from ..config import LoraConfig
 from ..errors import AssetError, LoraError
 from ..rewrite import Plan, plan
+from . import described
 from .bert import read_json
 from .huggingface import from_pretrained
 
@@ -74,15 +75,34 @@ def _through_torch(directory: Path) -> tuple[Callable[..., Any], Any, dict[str, 
         raise AssetError(
             f"{directory} holds no BERT; planning it takes PyTorch: {INSTALL} ({error})"
         ) from error
-    names = read_json(directory / "config.json").get("architectures") or ["AutoModel"]
+    path = directory / "config.json"
+    values, shapes = read_json(path), described.stored_shapes(directory)
+    names = values.get("architectures") or ["AutoModel"]
     if not isinstance(names, list) or not isinstance(names[0], str):
-        raise AssetError(f"{directory / 'config.json'}: architectures: got {names!r}")
+        raise AssetError(f"{path}: architectures: got {names!r}")
     kind = getattr(transformers, names[0], transformers.AutoModel)
+    described.refuse_other_counts(path, values, shapes)
+    described.refuse_other_size(path, _parameters(kind, directory), shapes)
     # A fused attention asks for the values of masks.
     model = kind.from_pretrained(directory, attn_implementation="eager")
     model.config.use_cache = False
     fn, params = from_torch(model)
     return fn, params, {model.main_input_name: _example(model)}
+
+
+def _parameters(kind: Any, directory: Path) -> int:
+    """Return how many elements the model's parameters would have; none is allocated."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        build = kind.from_config if hasattr(kind, "from_config") else kind
+        try:
+            return sum(value.numel() for value in build(config).parameters())
+        # Some read values while they are built; what is wrong with others the library says.
+        except Exception:
+            return 0
 
 
 def _example(model: Any) -> np.ndarray:

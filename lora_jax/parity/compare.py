@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import paths
 from ..errors import ParityError, raise_all
+from ..shown import listed
 from . import jax_side, names
 from .names import Mapped, Tensors
 from .verdicts import UNIT_ROUNDOFF, TensorVerdict, Verdict, judge, norm, rel_l2, worst
@@ -113,11 +114,7 @@ def compare(
     names.check(mapping, list(leaves))
     floating = [path for path, leaf in leaves.items() if is_floating(leaf)]
     wrt = floating if wrt is None else list(wrt)
-    raise_all(
-        ParityError,
-        "these inputs cannot be derived by",
-        (f"{path}: not an input of floating dtype" for path in wrt if path not in floating),
-    )
+    _check_wrt(wrt, floating)
     theirs = _Theirs(torch_fn, inputs, leaves, mapping, outputs or {}, wrt)
     cotangents = _draw(jax_side.shapes(jax_fn, inputs), seed)
     ours = jax_side.run(jax_fn, inputs, wrt, cotangents)
@@ -206,6 +203,19 @@ def _back(to: names.To, theirs: NDArray[Any], ours: NDArray[Any]) -> NDArray[Any
     """Return PyTorch's output in JAX's layout; as it is where its shape is another one."""
     fits = to.there(ours).shape == theirs.shape
     return to.back(theirs, ours.shape) if fits else theirs
+
+
+def _check_wrt(wrt: Sequence[str], floating: Sequence[str]) -> None:
+    raise_all(
+        ParityError,
+        "these inputs cannot be derived by",
+        (f"{path}: not an input of floating dtype" for path in wrt if path not in floating),
+    )
+    if not floating:
+        raise ParityError("inputs: got none of floating dtype, so there is nothing to derive by")
+    if not wrt:
+        held = ", ".join(listed(floating))
+        raise ParityError(f"wrt: got no path, wanted some of {held}; without wrt it is all of them")
 
 
 def _check_names(ours: Tensors, theirs: Tensors) -> None:

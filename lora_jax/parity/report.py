@@ -108,7 +108,7 @@ def to_markdown(report: Report, against: Report | None = None) -> str:
     from .against import differences
     from .summary import largest_ratio, ratio_text, sentences
 
-    lines = [*sentences(report), ""]
+    lines = [*map(_in_table, sentences(report)), ""]
     if against is not None:
         changed = [f"- {_in_table(one)}" for one in differences(report, against)]
         lines += ["Since the earlier report:", "", *(changed or ["- nothing changed"]), ""]

@@ -1,4 +1,4 @@
-"""Pages from templates: one look, no network, every text escaped."""
+"""Pages from templates: one look, no network, every text escaped, control characters too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 from ..errors import LoraError, ParityError
+from ..shown import escaped_lines
 
 HOME = "lora_jax.parity"
 INSTALL = 'pip install "lora_jax[report]"'
@@ -39,8 +40,16 @@ def template(name: str, package: str = HOME, error: type[LoraError] = ParityErro
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shown"] = _shown
     return environment.get_template(name)
+
+
+def _shown(value: Any) -> Any:
+    """Return a text without control characters; what is markup already stays."""
+    plain = isinstance(value, str) and not hasattr(value, "__html__")
+    return escaped_lines(value) if plain else value

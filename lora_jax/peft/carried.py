@@ -126,7 +126,11 @@ def put(plan: Plan, names: Names, tensors: Mapping[str, np.ndarray], params: Any
         if leaf is None:
             others = _shared(plan, leaves, own, tensors)
             if not any(_same(tensor, other) for other in others):
-                problems.append(f"{one.key}: the model has no such module")
+                known = sorted({name for name, _ in leaves if is_vocabulary(name)})
+                problems.append(
+                    f"{one.key}: the model has no such module, its embeddings and output heads "
+                    f"are {', '.join(known) or 'unknown by their names'}; give names=… if it is one"
+                )
             continue
         problem, value = _in_model(leaf, one, tensor, resized=True)
         problems += [problem] if problem else []

@@ -15,6 +15,7 @@ from typing import Any
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, raise_all
 from ..initializers import INITIALIZERS
+from ..intake import refuse_many
 from ..peft_fields import DEFAULTS, FOREIGN, refused
 
 # How A and B are drawn says nothing about a file's numbers. These names only this library has.
@@ -144,8 +145,10 @@ def parse(content: bytes) -> tuple[Any, list[str]]:
     ({'r': 4}, ['r'])
 
     Raises:
-        ValueError: not JSON, too deep, or a number that JSON does not have, such as NaN.
+        ValueError: not JSON, too deep, too many values, or a number that JSON does not have, such
+            as NaN.
     """
+    refuse_many(content)
     twice: list[str] = []
     try:
         found = json.loads(

@@ -225,7 +225,12 @@ def load_pretrained(
 
 
 def with_base_weights(
-    directory: str | Path, plan: Plan, params: Any, *, names: Names = paths.module_of
+    directory: str | Path,
+    plan: Plan,
+    params: Any,
+    *,
+    names: Names = paths.module_of,
+    subfolder: str | None = None,
 ) -> Any:
     """Return the parameters with the base weights that an adapter file carries in their place.
 
@@ -236,12 +241,19 @@ def with_base_weights(
         directory: as in ``load_pretrained``.
         plan: for the model as it is, made from ``load_config(directory)``.
         params: the model's parameters.
-        names: the PyTorch module name of a path, as in ``load_pretrained``.
+        names: the PyTorch module name of a path, as in ``load_pretrained``; without them, names
+            of a known family are read as the model's there and here.
+        subfolder: where in the directory or repository the adapter is.
 
     Raises:
         AdapterError: lists every base weight of the file that does not fit the model.
     """
-    return apart(carried.put(plan, names, read_weights(located(directory)), params), params)
+    directory = located(directory, subfolder=subfolder)
+    contents = read_weights(directory)
+    if names is paths.module_of:
+        own = {paths.module_of(leaf.path) for leaf in plan.leaves}
+        names = _names_of_family(contents, own, directory) or names
+    return apart(carried.put(plan, names, contents, params), params)
 
 
 def load_config(

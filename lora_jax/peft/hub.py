@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .. import assets, paths
+from .. import assets, paths, waiting
 from ..adapter import Adapters
 from ..config import LoraConfig
 from ..errors import AssetError, OutputError
 from ..naming import Names
 from ..rewrite import Plan
 from ..shown import escaped, in_markdown
-from ..waiting import failure, within
+from ..waiting import bytes_in, failure, within
 from .download import MISSING_HUB
 from .files import load_config, save_pretrained
 
@@ -33,6 +34,8 @@ _CLASSES = {
 
 # What vLLM takes as --max-lora-rank.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+_log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -70,7 +73,9 @@ def push_to_hub(
 
     Raises:
         AdapterError: as ``save_pretrained``; nothing is sent.
-        OutputError: the hub cannot be reached or refuses, or its client is not installed.
+        OutputError: the hub cannot be reached or refuses, its client is not installed, or sending
+            was given up after a minute and a second for each 16 KiB: the commit may then be there
+            or not.
     """
     try:
         from huggingface_hub import HfApi
@@ -96,9 +101,7 @@ def push_to_hub(
                 )
             if card is not None:
                 (directory / CARD_NAME).write_text(card, encoding="utf-8")
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=directory, commit_message=message
-            )
+            return _send(api, repo_id, directory, message)
         except AssetError as error:
             raise OutputError(f"cannot write to {where}: {error}") from error
         # Its failures share no base class, and each means the same here.
@@ -106,7 +109,6 @@ def push_to_hub(
             raise OutputError(
                 f"cannot write to {where}: {assets.one_line(failure(error))}"
             ) from error
-    return commit.commit_url
 
 
 def model_card(
@@ -141,6 +143,25 @@ def model_card(
         "## Load it in JAX\n\n" + _python(_jax_lines(repo_id, config)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _send(api: Any, repo_id: str, directory: Path, message: str) -> str:
+    """Return the address of a commit with these files, or give up where it takes too long."""
+    size = bytes_in(directory)
+
+    def upload() -> Any:
+        return api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=message)
+
+    try:
+        commit = within(
+            upload,
+            f"sending {size:,} bytes to {repo_id}",
+            say=_log.warning,
+            limits=waiting.LIMITS.of_sending(size),
+        )
+    except AssetError as error:
+        raise AssetError(f"{error}; look there whether they have arrived") from error
+    return commit.commit_url
 
 
 def _front_matter(base_model: str | None) -> str:

@@ -9,6 +9,8 @@ kohya               ``lora_unet_x_y.lora_down.weight``, ``….lora_up.weight``  
 diffusers           ``unet.x.lora.down.weight``, ``x.processor.to_q_lora.up.…``   ``….alpha``
 =================== ============================================================ ==============
 
+DoRA's magnitudes and the biases of B go along under PEFT's names, where the file has them so.
+
 All keep A as ``[r, in]`` and B as ``[out, r]``, as PEFT does. Kohya writes a module's name with "_"
 for ".", which only the model's list of modules undoes. An adapter of one expert, as older files for
 Mixtral have, is that of a module as any other.
@@ -29,10 +31,13 @@ from ..config import LoraConfig
 from ..errors import AdapterError, raise_all
 from ..naming import EMBEDDING
 from .renaming import exact
-from .slots import PREFIX
+from .slots import BIAS, MAGNITUDE, PREFIX
 from .strict import refuse_hanging
 
 A, B, ALPHA = "A", "B", "alpha"
+
+# What a module may have beside the two, by the field that says so and the end of PEFT's name.
+_BESIDE = {"use_dora": MAGNITUDE, "lora_bias": BIAS}
 
 # What remains of a name once these endings are gone is the module.
 _ENDINGS = {
@@ -41,11 +46,17 @@ _ENDINGS = {
     "embedding A": re.compile(r"\.lora_embedding_A(\.default)?$"),
     "embedding B": re.compile(r"\.lora_embedding_B(\.default)?$"),
     ALPHA: re.compile(r"\.alpha$"),
+    MAGNITUDE: re.compile(rf"\.{MAGNITUDE}$"),
+    BIAS: re.compile(rf"\.{re.escape(BIAS)}$"),
 }
 _PROCESSOR = re.compile(r"\.processor\.(to_[a-z]+)$")
 
 # One file of diffusers' or kohya's may hold adapters of several models.
 PARTS = re.compile(r"(lora_(unet|te\d?)_|(unet|text_encoder(_\d)?)\.)")
+
+
+# The tensors by their kind, by what owns them in the file.
+Halves = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -112,27 +123,60 @@ def converted(
                 own = [f"{owner}: its alpha is not in the file, give --lora-alpha"]
             ranks[module] = (r, alpha)
         problems += own
+    beside = _beside(found, config)
+    problems += _beside_problems(found, beside, tensors)
     if not found:
         problems.append("no tensor of an adapter")
-    problems += [] if config is None else _unmet(config)
+    problems += [] if config is None else _unmet(config, found)
     raise_all(AdapterError, "this file cannot be converted", sorted(problems))
     new = _renamed(found, {owner: name for owner, (name, _) in names.items()}, tensors)
     r, alpha = (
         Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True)
     )
     # What the configuration says beside ranks, scales and targets is said of the copy, too.
-    base = replace(config or LoraConfig(), r=r, lora_alpha=alpha, use_rslora=False)
+    base = replace(config or LoraConfig(), r=r, lora_alpha=alpha, use_rslora=False, **beside)
     saved = base.modules_to_save or ()
     return Converted(exact(base, ranks, saved, modules or ranks), new, ranks)
 
 
-def _unmet(config: LoraConfig) -> list[str]:
-    """Return the fields that need tensors which none of these layouts has."""
+def _unmet(config: LoraConfig, found: Halves) -> list[str]:
+    """Return the fields that need tensors which the file has not, or none of these layouts."""
+    missing = [name for name, ending in _BESIDE.items() if not _has(found, ending)]
     return [
         f"{name}: the configuration has {value!r}, and the file no tensors for it"
-        for name in ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+        for name in (*missing, "trainable_token_indices", "target_parameters")
         if (value := getattr(config, name))
     ]
+
+
+def _has(found: Halves, kind: str) -> bool:
+    return any(kind in halves for halves in found.values())
+
+
+def _beside(found: Halves, config: LoraConfig | None) -> dict[str, bool]:
+    """Return the fields of what modules have beside A and B: as said, or as the tensors have it."""
+    return {
+        field: _has(found, ending) if config is None else getattr(config, field)
+        for field, ending in _BESIDE.items()
+    }
+
+
+def _beside_problems(
+    found: Halves, beside: Mapping[str, bool], tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Return which modules have not what the fields say, have more, or have it in other shapes."""
+    problems = []
+    for owner, halves in found.items():
+        for field, ending in _BESIDE.items():
+            if (ending in halves) != beside[field] and _has(found, ending):
+                got = "has" if ending in halves else "has no"
+                problems.append(f"{owner}: {got} {ending}, where {field}={beside[field]}")
+            elif ending in halves and B in halves:
+                shape, b = tensors[halves[ending]].shape, tensors[halves[B]].shape
+                wanted = (b[0],) if ending == BIAS or len(b) == 2 else (1, b[0], *b[2:])
+                if shape != wanted:
+                    problems.append(f"{halves[ending]}: got {shape}, wanted {wanted}")
+    return problems
 
 
 def _part(tensors: Iterable[str], part: str | None) -> dict[str, str]:
@@ -144,9 +188,6 @@ def _part(tensors: Iterable[str], part: str | None) -> dict[str, str]:
         raise_all(AdapterError, "this file holds several adapters, choose one by --part", listed)
     part = part if part is not None else next(iter(parts), "")
     return {key: name[len(part) :] for key, name in names.items() if name.startswith(part)}
-
-
-Halves = Mapping[str, Mapping[str, str]]
 
 
 def _halves(
@@ -171,7 +212,7 @@ def _halves(
 def _renamed(
     found: Halves, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return A and B of every owner under PEFT's names."""
+    """Return A, B and what is beside them of every owner under PEFT's names."""
     new = {}
     for owner, halves in found.items():
         module = names[owner]
@@ -181,6 +222,9 @@ def _renamed(
         for half in (A, B):
             ending = f"lora_embedding_{half}" if looked_up else f"lora_{half}.weight"
             new[f"{PREFIX}{module}.{ending}"] = np.ascontiguousarray(tensors[halves[half]])
+        for ending in _BESIDE.values():
+            if ending in halves:
+                new[f"{PREFIX}{module}.{ending}"] = np.ascontiguousarray(tensors[halves[ending]])
     return new
 
 

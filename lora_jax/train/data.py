@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int, Int32
 
 from .. import pointers
 from ..errors import AssetError, DataError, raise_all
 from ..intake import read_bytes
 from ..packing import token_places
+from .texts import first_rows, taken
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,7 +28,7 @@ _ENCODED = 1024
 class TextData:
     """Labelled texts: row i has ``texts[i]`` and the class ``classes[labels[i]]``."""
 
-    texts: tuple[str, ...]
+    texts: Sequence[str]
     labels: Int32[np.ndarray, "n"]
     classes: tuple[str, ...]
 
@@ -67,7 +68,7 @@ def drop_duplicates(data: TextData) -> TextData:
     >>> drop_duplicates(data).texts
     ('a', 'b')
     """
-    return _take(data, np.array(list(_first_rows(data).values()), np.intp))
+    return take(data, np.unique(first_rows(data.texts)))
 
 
 def contradictions(data: TextData) -> int:
@@ -76,16 +77,13 @@ def contradictions(data: TextData) -> int:
     >>> contradictions(TextData(("a", "b", "a"), np.array([0, 1, 1], np.int32), ("no", "yes")))
     1
     """
-    first = _first_rows(data)
-    rows = (i for i, text in enumerate(data.texts) if data.labels[i] != data.labels[first[text]])
-    return len({data.texts[i] for i in rows})
+    first = first_rows(data.texts)
+    return len(np.unique(first[data.labels != data.labels[first]]))
 
 
-def _first_rows(data: TextData) -> dict[str, int]:
-    first: dict[str, int] = {}
-    for i, text in enumerate(data.texts):
-        first.setdefault(text, i)
-    return first
+def take(data: TextData, rows: Int[np.ndarray, "m"]) -> TextData:
+    """Return these rows, in this order."""
+    return TextData(taken(data.texts, rows), data.labels[rows], data.classes)
 
 
 def balance(data: TextData, seed: int) -> TextData:
@@ -102,7 +100,7 @@ def balance(data: TextData, seed: int) -> TextData:
         rng.choice(np.flatnonzero(data.labels == i), counts.min(), replace=False)
         for i in range(len(data.classes))
     ]
-    return _take(data, np.sort(np.concatenate(kept)))
+    return take(data, np.sort(np.concatenate(kept)))
 
 
 def split(
@@ -130,7 +128,7 @@ def split(
         )
     order = np.random.default_rng(seed).permutation(n)
     first, second, third = np.split(order, [train, train + validation])
-    return _take(data, first), _take(data, second), _take(data, third)
+    return take(data, first), take(data, second), take(data, third)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -267,7 +265,3 @@ def _batches(
         weights = (np.arange(batch_size) < len(real)).astype(np.float32)
         mask = tokens.attention_mask[rows]
         yield Batch(tokens.input_ids[rows], mask, labels[rows], weights, token_places(mask))
-
-
-def _take(data: TextData, rows: np.ndarray) -> TextData:
-    return TextData(tuple(data.texts[i] for i in rows), data.labels[rows], data.classes)

@@ -328,9 +328,7 @@ def _parts(
         texts = data.balance(texts, options.split_seed)
     if options.limit is not None:
         order = np.random.default_rng(options.split_seed).permutation(len(texts.texts))
-        rows = order[: options.limit]
-        kept = tuple(texts.texts[i] for i in rows)
-        texts = TextData(kept, texts.labels[rows], texts.classes)
+        texts = data.take(texts, order[: options.limit])
     if (left := len(texts.texts)) < FEWEST:
         raise DataError(
             f"got {rows:,} rows with {different:,} different texts"

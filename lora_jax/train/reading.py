@@ -20,6 +20,7 @@ from ..errors import DataError, raise_all
 from ..intake import MIB, open_regular, parse_json, reason
 from ..shown import SHOWN, shortened
 from .data import TextData
+from .texts import Texts, encoded
 
 LONGEST_LINE = 16 * MIB
 """Bytes of a line: more of them are no table's."""
@@ -42,16 +43,15 @@ def read_table(
         DataError: the file cannot be read as such a table, a label is empty, or there are
             fewer than two classes.
     """
-    texts, labels, problems = [], _Labels(), _Problems()
+    rows, problems = _Rows(), _Problems()
     for line, (text, *_, value) in _read_rows(path, (text_column, label_column)):
         label = _label(value)
         if not label or SURROGATE.search(label):
             wanted = "wanted a name of Unicode text or a whole number"
             problems.add(f"line {line}: got {value!r} as {label_column}, {wanted}")
-        texts.append(text)
-        labels.add(label)
+        rows.add(text if isinstance(text, str) else "", label)
     problems.raise_all(path, "give each row a label or remove it")
-    return _labelled(path, texts, labels)
+    return _labelled(path, rows)
 
 
 def read_texts(path: str | Path, text_column: str = "text") -> tuple[str, ...]:
@@ -71,17 +71,16 @@ def read_sms(path: str | Path) -> TextData:
     Raises:
         DataError: the file cannot be read, or a line is not of this form; all are listed.
     """
-    texts, labels, problems = [], _Labels(), _Problems()
+    rows, problems = _Rows(), _Problems()
     with _opened(path) as lines:
         for i, line in enumerate(map(_bare, lines), start=1):
             label, _, text = line.partition("\t")
             if line and not (label.strip() and text):
                 problems.add(f"line {i}: got {line[:60]!r}, wanted a label, a tab and a text")
             elif line:
-                texts.append(text)
-                labels.add(label.strip())
+                rows.add(text, label.strip())
     problems.raise_all(path, "correct or remove these lines")
-    return _labelled(path, texts, labels)
+    return _labelled(path, rows)
 
 
 class _Problems:
@@ -102,15 +101,22 @@ class _Problems:
         raise_all(DataError, heading, self.first, more=self.more)
 
 
-class _Labels:
-    """The labels of rows, each name kept once."""
+class _Rows:
+    """Texts in one array of bytes, and their labels, each name kept once."""
 
     def __init__(self) -> None:
+        self.content, self.ends = bytearray(), array("q", [0])
         self.index: dict[str, int] = {}
-        self.rows = array("i")
+        self.labels = array("i")
 
-    def add(self, label: str) -> None:
-        self.rows.append(self.index.setdefault(label, len(self.index)))
+    def add(self, text: str, label: str) -> None:
+        self.content += encoded(text)
+        self.ends.append(len(self.content))
+        self.labels.append(self.index.setdefault(label, len(self.index)))
+
+    @property
+    def texts(self) -> Texts:
+        return Texts.of_parts(self.content, self.ends)
 
 
 def _label(value: Any) -> str:
@@ -119,18 +125,18 @@ def _label(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _labelled(path: str | Path, texts: Sequence[str], labels: _Labels) -> TextData:
-    classes = tuple(sorted(labels.index))
-    if not texts:
+def _labelled(path: str | Path, rows: _Rows) -> TextData:
+    classes = tuple(sorted(rows.index))
+    if not rows.labels:
         raise DataError(f"{path}: got no rows, wanted at least two with a label and a text each")
     if len(classes) < 2:
         raise DataError(
-            f"{path}: got the one class {next(iter(classes))!r} in all {len(texts)} rows, wanted "
-            "at least two; add rows of another class or name another label column"
+            f"{path}: got the one class {next(iter(classes))!r} in all {len(rows.labels)} rows, "
+            "wanted at least two; add rows of another class or name another label column"
         )
     place = np.empty(len(classes), np.int32)
-    place[[labels.index[name] for name in classes]] = np.arange(len(classes))
-    return TextData(tuple(texts), place[np.array(labels.rows, np.intp)], classes)
+    place[[rows.index[name] for name in classes]] = np.arange(len(classes))
+    return TextData(rows.texts, place[np.frombuffer(rows.labels, np.int32)], classes)
 
 
 # A row of a table: the number of its line, and its values of the columns asked for.
