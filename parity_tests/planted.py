@@ -4,13 +4,17 @@ The parity checks have a gate of their own (``lora_jax.parity.mutants``); this o
 project's tests. Each bug is one line that a user would feel. Its test runs in a process of its own
 on a copy of the project with that line changed. As every process would otherwise import JAX,
 PyTorch and PEFT for seconds, one server imports them and forks; the project itself is imported
-after the fork. ``python -m parity_tests.planted NAME …`` runs some by hand.
+after the fork. ``python -m parity_tests.planted NAME …`` runs some by hand, and ``--clean 200`` the
+tests alone, so many times, each round with another seed: nothing may fail.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import gc
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +23,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +38,13 @@ OPTIONS = (
     "addopts=",
     "-q",
     "-x",
-    "-n",
-    "0",
     "-m",
     "not slow",
     "--no-header",
     "-p",
     "no:cacheprovider",
 )
-# The server has imported pytest's plugins before pytest could rewrite their assertions.
+# The server has imported modules before pytest could rewrite their assertions.
 OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 SECONDS = 300
 
@@ -124,24 +128,85 @@ class Fate:
         return self.said == "found"
 
 
+# Installed plugins take a second to load, and no test needs one.
+_WITHOUT_PLUGINS = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
+
+# The variable by which a server knows its seed.
+_SEED = "PLANTED_SEED"
+
+_SECONDS_APART = itertools.count(1)
+
 # pytest's exit codes; all others are no verdict.
 SAID = {0: "survives", 1: "found"}
 BEFORE = 71
 
 
-def plant(bugs: Sequence[Planted]) -> list[Fate]:
-    """Run the test of every bug with the bug planted, one after the other."""
-    given = json.dumps([asdict(bug) for bug in bugs])
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "bugs.json"
-        path.write_text(given)
-        command = [sys.executable, "-m", "parity_tests.planted", "--serve", str(path)]
-        told = subprocess.run(
-            command, cwd=ROOT, env=_environment(directory), text=True, capture_output=True
+class Server:
+    """A process that has imported what takes seconds, and forks for every bug.
+
+    Args:
+        seed: decides the order of sets there, as ``PYTHONHASHSEED`` does, and moves what
+            ``numpy.random.default_rng`` draws; None for any order and the tests' own draws.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> Server:
+        self._cache = tempfile.TemporaryDirectory()
+        self._said = tempfile.TemporaryFile("w+")
+        own = {} if self.seed is None else dict.fromkeys((_SEED, "PYTHONHASHSEED"), str(self.seed))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "parity_tests.planted", "--serve"],
+            cwd=ROOT,
+            env=_environment(self._cache.name) | own,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
         )
-    if told.returncode:
-        raise RuntimeError(f"the server of planted bugs failed:\n{told.stderr}")
-    return [Fate(**json.loads(line)) for line in told.stdout.splitlines()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Without further lines it ends.
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._said.close()
+        self._cache.cleanup()
+
+    def plant(self, bugs: Iterable[Planted]) -> list[Fate]:
+        """Run the test of every bug with the bug planted, one after the other."""
+        return [self._fate(bug) for bug in bugs]
+
+    def _fate(self, bug: Planted) -> Fate:
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(asdict(bug)), file=self._process.stdin, flush=True)
+        if not (line := self._process.stdout.readline()):
+            self._said.seek(0)
+            raise RuntimeError(f"the server of planted bugs failed:\n{self._said.read()}")
+        return Fate(**json.loads(line))
+
+
+def plant(bugs: Sequence[Planted], processes: int = 1) -> list[Fate]:
+    """Run the test of every bug with the bug planted, in so many servers at once."""
+    # Each takes the next one that is left, so that they end together.
+    left, fates = deque(enumerate(bugs)), {}
+
+    def serve(_: int) -> None:
+        with Server() as server:
+            while True:
+                try:
+                    n, bug = left.popleft()
+                except IndexError:
+                    return
+                fates[n] = server.plant([bug])[0]
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(serve, range(processes)))
+    return [fates[n] for n in range(len(bugs))]
 
 
 def _environment(directory: str) -> dict[str, str]:
@@ -156,12 +221,12 @@ def _environment(directory: str) -> dict[str, str]:
     return cached | own | {"PYTHONPATH": str(ROOT)}
 
 
-def _serve(bugs: Iterable[Planted]) -> None:
-    """Fork for every bug, and print its fate as a line of JSON."""
+def _serve() -> None:
+    """Fork for every bug, a line of JSON, and print its fate as one."""
     _import_all()
     with _copy() as copy:
-        for bug in bugs:
-            print(json.dumps(asdict(_fate(bug, copy))), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(asdict(_fate(Planted(**json.loads(line)), copy))), flush=True)
 
 
 def _import_all() -> None:
@@ -173,6 +238,8 @@ def _import_all() -> None:
             # Without one of them its tests only take longer.
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+    # What is collected in a child is its own alone; pytest collects several times at its end.
+    gc.freeze()
 
 
 @contextlib.contextmanager
@@ -197,6 +264,9 @@ def _fate(bug: Planted, copy: Path) -> Fate:
     changed = copy / "lora_jax" / bug.file
     if bug.file:
         changed.write_text(source.read_text("utf-8").replace(bug.old, bug.new), "utf-8")
+        # Python knows a compiled file by the second of its source's time and its size.
+        time_of = source.stat().st_mtime + next(_SECONDS_APART)
+        os.utime(changed, times=(time_of, time_of))
     try:
         code = _forked(bug, copy, log)
     finally:
@@ -236,13 +306,14 @@ def _forked(bug: Planted, copy: Path, log: Path) -> int:
 def _run(bug: Planted, copy: Path) -> int:
     import pytest
 
-    sys.dont_write_bytecode = True
     for name in [n for n in sys.modules if n.partition(".")[0] in COPIED]:
         del sys.modules[name]
     os.chdir(copy)
     sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
     os.environ["PYTHONPATH"] = str(copy)
     importlib.invalidate_caches()
+    os.environ[_WITHOUT_PLUGINS] = "1"
+    _draw_otherwise(int(os.environ.get(_SEED, 0)))
     tests = [f"parity_tests/{test}" for test in bug.test.split()]
     seen = _Failures()
     code = int(pytest.main([*OPTIONS, "--rootdir", str(copy), *tests], plugins=[seen]))
@@ -250,29 +321,83 @@ def _run(bug: Planted, copy: Path) -> int:
     return BEFORE if code == 1 and not seen.count else code
 
 
+def _draw_otherwise(seed: int) -> None:
+    """Have ``default_rng`` draw other numbers; with the seed 0, those that a test has always."""
+    import numpy as np
+
+    drawn = np.random.default_rng
+    if seed:
+        np.random.default_rng = lambda own=None: drawn(own if own is None else (seed, own))
+
+
 class _Failures:
     """Counts the tests that fail, fixtures included."""
 
     count = 0
 
+    def pytest_configure(self) -> None:
+        # The children of a test load what they need.
+        del os.environ[_WITHOUT_PLUGINS]
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.count += report.failed
 
 
+def distinct(bugs: Iterable[Planted]) -> list[Planted]:
+    """Return the code as it is once for each of their tests: none of them may fail."""
+    tests = dict.fromkeys(test for bug in bugs for test in bug.test.split())
+    return [Planted(test, "the code as it is", "", "", "", test) for test in tests]
+
+
+def clean(bugs: Sequence[Planted], runs: int, processes: int = 1) -> list[tuple[int, Fate]]:
+    """Run the tests on the code as it is so many times, with another seed in each round.
+
+    Returns:
+        The seed of every run and what the test said: ``found`` is a false alarm.
+    """
+    own = distinct(bugs)
+    rounds = [own[: runs - start] for start in range(0, runs, len(own))]
+
+    def serve(seed: int) -> list[tuple[int, Fate]]:
+        with Server(seed) as server:
+            return [(seed, fate) for fate in server.plant(rounds[seed])]
+
+    with ThreadPoolExecutor(processes) as pool:
+        return [run for several in pool.map(serve, range(len(rounds))) for run in several]
+
+
 def main(argv: Sequence[str]) -> int:
-    """Serve a file of bugs, or run those of the table whose names hold one of the words."""
+    """Serve, or run the bugs of the table whose names hold one of the words."""
     if argv and argv[0] == "--serve":
-        _serve(Planted(**one) for one in json.loads(Path(argv[1]).read_text()))
+        _serve()
         return 0
     from parity_tests.planted_table import PLANTED
 
-    chosen = [bug for bug in PLANTED if not argv or any(word in str(bug) for word in argv)]
-    fates = plant(chosen)
-    for fate in fates:
-        print(f"{fate.name}: {fate.said} ({fate.seconds} s)")
-        if not fate.found:
-            print(fate.output)
-    return int(not all(fate.found for fate in fates))
+    parser = argparse.ArgumentParser("python -m parity_tests.planted", description=__doc__)
+    parser.add_argument("words", nargs="*", help="parts of names; without any, all bugs")
+    parser.add_argument("--processes", type=int, default=1, help="how many run at once")
+    parser.add_argument(
+        "--clean", type=int, metavar="RUNS", help="run their tests without a bug, so many times"
+    )
+    given = parser.parse_args(argv)
+    words = given.words
+    chosen = [bug for bug in PLANTED if not words or any(word in str(bug) for word in words)]
+    if given.clean:
+        seen = clean(chosen, given.clean, given.processes)
+        bad = [fate for _, fate in seen if fate.said != "survives"]
+        for seed, fate in seen:
+            print(f"{fate.name}, seed {seed}: {fate.said} ({fate.seconds} s)")
+        alarms = sum(fate.found for fate in bad)
+        print(f"{len(seen)} clean runs: {alarms} false alarms, {len(bad) - alarms} no verdict")
+    else:
+        fates = plant(chosen, given.processes)
+        bad = [fate for fate in fates if not fate.found]
+        for fate in fates:
+            print(f"{fate.name}: {fate.said} ({fate.seconds} s)")
+        print(f"{len(fates)} bugs: {len(fates) - len(bad)} found")
+    for fate in bad:
+        print(f"\n{fate.name}\n{fate.output}")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
