@@ -12,66 +12,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import importlib
-import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("lora_jax", "lora_torch_ref", "benchmarks", "parity_tests", "docs", "examples")
-# Without the import hook that checks types, which takes seconds: values must tell.
-OPTIONS = (
-    "-o",
-    "addopts=",
-    "-q",
-    "-x",
-    "-m",
-    "not slow",
-    "--no-header",
-    "-p",
-    "no:cacheprovider",
-)
-# The server has imported modules before pytest could rewrite their assertions.
-OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-SECONDS = 300
-
-# How much of pytest's output is kept, in characters.
-TOLD = 3000
-
-# What takes seconds to import and is not the project's.
-HEAVY = (
-    "jax",
-    "jax.numpy",
-    "flax.linen",
-    "flax.nnx",
-    "optax",
-    "safetensors.numpy",
-    "torch",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.llama.modeling_llama",
-    "peft",
-    "tokenizers",
-    "tyro",
-    "rich.console",
-    "matplotlib.pyplot",
-    "hypothesis",
-    "beartype",
-    "jaxtyping",
-    "pytest",
-)
+# The variable by which a server knows its seed.
+SEED = "PLANTED_SEED"
 
 
 @dataclass(frozen=True)
@@ -113,6 +67,9 @@ def rows(area: str, *given: tuple[str, str, str, str, str]) -> tuple[Planted, ..
     return tuple(Planted(name, area, *rest) for name, *rest in given)
 
 
+FOUND, SURVIVES = "found", "survives"
+
+
 @dataclass(frozen=True)
 class Fate:
     """What became of a bug: ``found``, ``survives`` or what kept the test from telling."""
@@ -125,20 +82,7 @@ class Fate:
     @property
     def found(self) -> bool:
         """Whether a test failed."""
-        return self.said == "found"
-
-
-# Installed plugins take a second to load, and no test needs one.
-_WITHOUT_PLUGINS = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
-
-# The variable by which a server knows its seed.
-_SEED = "PLANTED_SEED"
-
-_SECONDS_APART = itertools.count(1)
-
-# pytest's exit codes; all others are no verdict.
-SAID = {0: "survives", 1: "found"}
-BEFORE = 71
+        return self.said == FOUND
 
 
 class Server:
@@ -155,9 +99,9 @@ class Server:
     def __enter__(self) -> Server:
         self._cache = tempfile.TemporaryDirectory()
         self._said = tempfile.TemporaryFile("w+")
-        own = {} if self.seed is None else dict.fromkeys((_SEED, "PYTHONHASHSEED"), str(self.seed))
+        own = {} if self.seed is None else dict.fromkeys((SEED, "PYTHONHASHSEED"), str(self.seed))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "parity_tests.planted", "--serve"],
+            [sys.executable, "-m", "parity_tests.planted_server"],
             cwd=ROOT,
             env=_environment(self._cache.name) | own,
             text=True,
@@ -178,9 +122,10 @@ class Server:
 
     def plant(self, bugs: Iterable[Planted]) -> list[Fate]:
         """Run the test of every bug with the bug planted, one after the other."""
-        return [self._fate(bug) for bug in bugs]
+        return list(map(self.fate, bugs))
 
-    def _fate(self, bug: Planted) -> Fate:
+    def fate(self, bug: Planted) -> Fate:
+        """Run the test of a bug with the bug planted."""
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(asdict(bug)), file=self._process.stdin, flush=True)
@@ -190,7 +135,12 @@ class Server:
         return Fate(**json.loads(line))
 
 
-def plant(bugs: Sequence[Planted], processes: int = 1) -> list[Fate]:
+Tell = Callable[[Fate], None]
+
+
+def plant(
+    bugs: Sequence[Planted], processes: int = 1, tell: Tell = lambda fate: None
+) -> list[Fate]:
     """Run the test of every bug with the bug planted, in so many servers at once."""
     # Each takes the next one that is left, so that they end together.
     left, fates = deque(enumerate(bugs)), {}
@@ -202,7 +152,8 @@ def plant(bugs: Sequence[Planted], processes: int = 1) -> list[Fate]:
                     n, bug = left.popleft()
                 except IndexError:
                     return
-                fates[n] = server.plant([bug])[0]
+                fates[n] = server.fate(bug)
+                tell(fates[n])
 
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(serve, range(processes)))
@@ -221,156 +172,37 @@ def _environment(directory: str) -> dict[str, str]:
     return cached | own | {"PYTHONPATH": str(ROOT)}
 
 
-def _serve() -> None:
-    """Fork for every bug, a line of JSON, and print its fate as one."""
-    _import_all()
-    with _copy() as copy:
-        for line in sys.stdin:
-            print(json.dumps(asdict(_fate(Planted(**json.loads(line)), copy))), flush=True)
-
-
-def _import_all() -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in HEAVY:
-            # Without one of them its tests only take longer.
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
-    # What is collected in a child is its own alone; pytest collects several times at its end.
-    gc.freeze()
-
-
-@contextlib.contextmanager
-def _copy() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory).resolve()
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                # With the times of the files, by which compiled ones stay valid.
-                shutil.copytree(ROOT / name, copy / name)
-        for path in ROOT.iterdir():
-            if path.is_file():
-                shutil.copy2(path, copy / path.name)
-        yield copy
-
-
-def _fate(bug: Planted, copy: Path) -> Fate:
-    began = time.perf_counter()
-    source, log = ROOT / "lora_jax" / bug.file, copy / "log"
-    if bug.problem:
-        return Fate(bug.name, f"cannot be planted: {bug.problem}", 0.0)
-    changed = copy / "lora_jax" / bug.file
-    if bug.file:
-        changed.write_text(source.read_text("utf-8").replace(bug.old, bug.new), "utf-8")
-        # Python knows a compiled file by the second of its source's time and its size.
-        time_of = source.stat().st_mtime + next(_SECONDS_APART)
-        os.utime(changed, times=(time_of, time_of))
-    try:
-        code = _forked(bug, copy, log)
-    finally:
-        if bug.file:
-            shutil.copy2(source, changed)
-    said = SAID.get(code, f"no verdict: pytest ended with {code}")
-    seconds = round(time.perf_counter() - began, 1)
-    return Fate(bug.name, said, seconds, log.read_text("utf-8", "replace")[-TOLD:])
-
-
-def _forked(bug: Planted, copy: Path, log: Path) -> int:
-    """Run the bug's test in a child; return pytest's exit code, -1 for one that does not end."""
-    child = os.fork()
-    if not child:
-        code = 70
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            code = _run(bug, copy)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return -1
-
-
-def _run(bug: Planted, copy: Path) -> int:
-    import pytest
-
-    for name in [n for n in sys.modules if n.partition(".")[0] in COPIED]:
-        del sys.modules[name]
-    os.chdir(copy)
-    sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
-    os.environ["PYTHONPATH"] = str(copy)
-    importlib.invalidate_caches()
-    os.environ[_WITHOUT_PLUGINS] = "1"
-    _draw_otherwise(int(os.environ.get(_SEED, 0)))
-    tests = [f"parity_tests/{test}" for test in bug.test.split()]
-    seen = _Failures()
-    code = int(pytest.main([*OPTIONS, "--rootdir", str(copy), *tests], plugins=[seen]))
-    # What fails before a test runs, as an import does, is no verdict.
-    return BEFORE if code == 1 and not seen.count else code
-
-
-def _draw_otherwise(seed: int) -> None:
-    """Have ``default_rng`` draw other numbers; with the seed 0, those that a test has always."""
-    import numpy as np
-
-    drawn = np.random.default_rng
-    if seed:
-        np.random.default_rng = lambda own=None: drawn(own if own is None else (seed, own))
-
-
-class _Failures:
-    """Counts the tests that fail, fixtures included."""
-
-    count = 0
-
-    def pytest_configure(self) -> None:
-        # The children of a test load what they need.
-        del os.environ[_WITHOUT_PLUGINS]
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        self.count += report.failed
-
-
 def distinct(bugs: Iterable[Planted]) -> list[Planted]:
     """Return the code as it is once for each of their tests: none of them may fail."""
     tests = dict.fromkeys(test for bug in bugs for test in bug.test.split())
     return [Planted(test, "the code as it is", "", "", "", test) for test in tests]
 
 
-def clean(bugs: Sequence[Planted], runs: int, processes: int = 1) -> list[tuple[int, Fate]]:
+def clean(
+    bugs: Sequence[Planted], runs: int, processes: int = 1, tell: Tell = lambda fate: None
+) -> list[Fate]:
     """Run the tests on the code as it is so many times, with another seed in each round.
 
     Returns:
-        The seed of every run and what the test said: ``found`` is a false alarm.
+        What the test said in each run, its name and the seed: ``found`` is a false alarm.
     """
     own = distinct(bugs)
     rounds = [own[: runs - start] for start in range(0, runs, len(own))]
 
-    def serve(seed: int) -> list[tuple[int, Fate]]:
+    def serve(seed: int) -> list[Fate]:
         with Server(seed) as server:
-            return [(seed, fate) for fate in server.plant(rounds[seed])]
+            fates = []
+            for bug in rounds[seed]:
+                fates.append(replace(server.fate(bug), name=f"{bug.name}, seed {seed}"))
+                tell(fates[-1])
+            return fates
 
     with ThreadPoolExecutor(processes) as pool:
-        return [run for several in pool.map(serve, range(len(rounds))) for run in several]
+        return [fate for several in pool.map(serve, range(len(rounds))) for fate in several]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve, or run the bugs of the table whose names hold one of the words."""
-    if argv and argv[0] == "--serve":
-        _serve()
-        return 0
+    """Run the bugs of the table whose names hold one of the words."""
     from parity_tests.planted_table import PLANTED
 
     parser = argparse.ArgumentParser("python -m parity_tests.planted", description=__doc__)
@@ -382,18 +214,18 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     words = given.words
     chosen = [bug for bug in PLANTED if not words or any(word in str(bug) for word in words)]
+
+    def tell(fate: Fate) -> None:
+        print(f"{fate.name}: {fate.said} ({fate.seconds} s)", flush=True)
+
     if given.clean:
-        seen = clean(chosen, given.clean, given.processes)
-        bad = [fate for _, fate in seen if fate.said != "survives"]
-        for seed, fate in seen:
-            print(f"{fate.name}, seed {seed}: {fate.said} ({fate.seconds} s)")
+        fates = clean(chosen, given.clean, given.processes, tell)
+        bad = [fate for fate in fates if fate.said != SURVIVES]
         alarms = sum(fate.found for fate in bad)
-        print(f"{len(seen)} clean runs: {alarms} false alarms, {len(bad) - alarms} no verdict")
+        print(f"{len(fates)} clean runs: {alarms} false alarms, {len(bad) - alarms} no verdict")
     else:
-        fates = plant(chosen, given.processes)
+        fates = plant(chosen, given.processes, tell)
         bad = [fate for fate in fates if not fate.found]
-        for fate in fates:
-            print(f"{fate.name}: {fate.said} ({fate.seconds} s)")
         print(f"{len(fates)} bugs: {len(fates) - len(bad)} found")
     for fate in bad:
         print(f"\n{fate.name}\n{fate.output}")

@@ -16,6 +16,7 @@ import pytest
 
 from lora_jax import (
     Adapter,
+    Full,
     LoraConfig,
     load_pretrained,
     lora,
@@ -24,10 +25,14 @@ from lora_jax import (
     plan,
     save_pretrained,
 )
+from lora_jax.commands.diff import DiffOptions, diff_files
 from lora_jax.errors import AdapterError
 from lora_jax.initializers import draw
 from lora_jax.inits.activations import eva
+from lora_jax.losses import linear_cross_entropy
 from lora_jax.naming import Fused, stacked
+from lora_jax.optimizers import loraplus
+from lora_jax.parity.verdicts import Verdict, judge
 
 W = np.array([[3.0, 0.0], [4.0, 1.0]])
 A, B = np.array([[1.0], [2.0]]), np.array([[2.0, -1.0]])
@@ -127,6 +132,57 @@ def test_a_whitened_direction_is_over_the_root_of_its_singular_value():
         assert not b.any()
 
 
+# Optimizers and losses
+
+
+def test_no_scale_of_a_norm_decays_under_loraplus():
+    """Of stacked layers it has two axes, as a matrix has."""
+    full = {"norms.scale": Full(jnp.ones((3, 4))), "head.kernel": Full(jnp.ones((3, 4)))}
+    adapters = full | {"w": pair()}
+    optimizer = loraplus(0.5, ratio=2, weight_decay=0.1)
+    still = jax.tree.map(jnp.zeros_like, adapters)
+    updates, _ = optimizer.update(still, optimizer.init(adapters), adapters)
+    np.testing.assert_array_equal(updates["norms.scale"].value, 0)
+    np.testing.assert_allclose(updates["head.kernel"].value, -0.5 * 0.1, rtol=1e-6)
+
+
+def test_tokens_that_fill_a_chunk_of_the_loss_do_not_count():
+    """Whatever number says so: the last of three chunks, of 51 tokens each, is filled by two."""
+    rng = np.random.default_rng(0)
+    tokens, width, vocabulary = 151, 3, 5
+    hidden, head = whole(rng.normal(size=(tokens, width))), whole(rng.normal(size=(width, 5)))
+    labels = rng.integers(0, vocabulary, tokens)
+    labels[::7] = -1
+    counted = np.flatnonzero(labels >= 0)
+    logits = np.float64(hidden) @ np.float64(head)
+    powers = np.exp(logits)
+    shares = powers / powers.sum(axis=1, keepdims=True)
+    d = (shares - np.eye(vocabulary)[labels])[counted] / len(counted)
+
+    def loss(head):
+        return linear_cross_entropy(hidden, head, jnp.asarray(labels), ignore_index=-1, chunk=1)
+
+    value, gradient = jax.value_and_grad(loss)(head)
+    wanted = -np.log(shares[counted, labels[counted]]).mean()
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.float64(hidden)[counted].T @ d, rtol=1e-4, atol=1e-6)
+
+
+# Verdicts
+
+
+def test_zeros_of_different_signs_are_not_exact():
+    truth = np.array([1.0, 0.0])
+    one, other = np.float32([1, 0.0]), np.float32([1, -0.0])
+    for theirs, exact, wanted in (
+        (one, True, Verdict.EXACT),
+        (other, False, Verdict.ORDER_ONLY),
+        (other, True, Verdict.MISMATCH),
+    ):
+        found = judge("y", one, theirs, truth, unit_roundoff=1e-7, exact=exact)
+        assert found.verdict is wanted
+
+
 # Files and names
 
 
@@ -154,6 +210,25 @@ def test_a_table_of_numbered_layers_is_that_of_stacked_ones():
         "h.attn.{p:k|v}": Fused("h.{}.kv"),
         "head": "lm_head",
     }
+
+
+def test_rows_of_different_tokens_are_not_compared(tmp_path):
+    params = {"emb": {"embedding": jnp.eye(5, 2)}}
+
+    def fn(params, ids):
+        return params["emb"]["embedding"][ids]
+
+    for name, tokens in (("one", [1, 3]), ("two", [1, 4]), ("three", [1, 3])):
+        config = LoraConfig(target_modules=[], trainable_token_indices={"emb": tokens})
+        found = plan(fn, params, config, jnp.arange(3))
+        save_pretrained(tmp_path / name, found, found.init(jax.random.key(0)))
+
+    def said(other):
+        text = diff_files(DiffOptions(tmp_path / "one", tmp_path / other))
+        return " ".join(next(line for line in text.splitlines() if "rows trained" in line).split())
+
+    assert said("two") == "emb rows trained, [1, 3] and [1, 4]"
+    assert said("three") == "emb rows trained, equal"
 
 
 def test_no_value_that_is_not_finite_is_loaded(tmp_path):
