@@ -10,50 +10,50 @@ from parity_tests.planted import rows
 
 SECOND = (
     *rows(
-        "low-rank arithmetic",
+        "low-rank products",
         (
             "the groups of a convolution mix A's columns",
             "contractions.py",
             "a = jnp.tile(a, (1,) * r + (groups,)) if groups > 1 else a",
             "a = jnp.repeat(a, groups, axis=-1) if groups > 1 else a",
-            "",
+            "test_values_by_hand.py::test_every_group_of_a_convolution_sees_all_of_a_and_columns_of_b_of_its_own",
         ),
     ),
     *rows(
-        "rewrite rules",
+        "rewriter",
         (
             "a plain weight joined with DoRA's has the gain 0",
             "rewrite/moves.py",
             '_ABSENT = {"gain": 1.0, "bias": 0.0}',
             '_ABSENT = {"gain": 0.0, "bias": 0.0}',
-            "",
+            "test_values_by_hand.py::test_a_plain_weight_beside_doras_keeps_its_output",
         ),
     ),
     *rows(
-        "plan",
+        "configuration",
         (
             "the base counts a weight once for each of its slices",
             "rewrite/plan.py",
             "return sum(map(math.prod, shapes.values()))",
             "return sum(math.prod(leaf.shape) for leaf in self.leaves)",
-            "",
+            "test_values_by_hand.py::test_a_weight_counts_once_however_many_of_its_ranges_are_adapted",
         ),
         (
             "the slices of a weight draw the same A",
             "rewrite/plan.py",
             "own = self.config.init_lora_weights, fold_in_path(key, leaf.name)",
             "own = self.config.init_lora_weights, fold_in_path(key, leaf.path)",
-            "",
+            "test_structure_by_hand.py::test_every_path_and_every_range_of_a_weight_draws_its_own_a",
         ),
     ),
     *rows(
-        "config",
+        "configuration",
         (
             "layers_to_transform stays the sequence that it was given as",
             "config.py",
             '    "layers_to_transform",\n    "layers_pattern",\n    "on_unsupported",',
             '    "layers_pattern",\n    "on_unsupported",',
-            "",
+            "test_peft_matching.py::test_layers_are_chosen_as_in_peft",
         ),
     ),
     *rows(
@@ -63,31 +63,31 @@ SECOND = (
             "peft/tensors.py",
             "np.allclose(entry.scale, leaf.scale, rtol=1e-6, atol=0)",
             "np.allclose(entry.scale, leaf.scale, rtol=5e-2, atol=0)",
-            "",
+            "test_values_by_hand.py::test_no_adapter_of_another_scale_is_saved",
         ),
         (
             "names of checkpointed modules are not read",
             "peft/spelling.py",
             "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module",
             "_orig_mod|_fsdp_wrapped_module",
-            "",
+            "test_foreign_spellings.py::test_every_spelling_reads_as_pefts_own",
         ),
         (
             "a converted adapter loses its rank stabilisation",
             "peft/layouts.py",
             "alpha = configs.scale(config, wanted, given) * r",
             "alpha = given",
-            "",
+            "test_convert.py::test_a_directory_without_the_prefix_keeps_its_configurations_scales",
         ),
     ),
     *rows(
-        "naming",
+        "files",
         (
             "a table that numbers layers by _{layer} is not stacked",
             "naming.py",
             'jax.replace(f".{own}", "").replace(f"_{own}", "")',
             'jax.replace(f".{own}", "")',
-            "",
+            "test_values_by_hand.py::test_a_table_of_numbered_layers_is_that_of_stacked_ones",
         ),
     ),
     *rows(
@@ -97,24 +97,24 @@ SECOND = (
             "merging.py",
             "bias: Any = changed.get(own[name], leaves[own[name]])",
             "bias: Any = leaves[own[name]]",
-            "",
+            "test_lora_bias.py::test_merging_rounds_once_adds_to_a_bias_trained_in_full_and_reports_it",
         ),
         (
             "DARE drops the same values of every adapter",
             "combining.py",
             "own = fold_in_path(jax.random.fold_in(key, number), part)",
             "own = fold_in_path(key, part)",
-            "",
+            "test_combining.py::test_dare_keeps_the_share_and_the_mean",
         ),
     ),
     *rows(
-        "inits",
+        "initialisations",
         (
             "whitened EVA divides by S for its root",
             "inits/activations.py",
             "jnp.maximum(squares[::-1][:r], 0) ** 0.25",
             "jnp.maximum(squares[::-1][:r], 0) ** 0.5",
-            "",
+            "test_values_by_hand.py::test_a_whitened_direction_is_over_the_root_of_its_singular_value",
         ),
     ),
     *rows(
@@ -124,24 +124,24 @@ SECOND = (
             "optimizers.py",
             'vector = leaf.ndim < 2 or name in paths.BIAS_NAMES or name == "scale"',
             "vector = leaf.ndim < 2 or name in paths.BIAS_NAMES",
-            "",
+            "test_values_by_hand.py::test_no_scale_of_a_norm_decays_under_loraplus",
         ),
         (
             "rows that fill a chunk of the loss have the default label",
             "losses.py",
             "constant_values=how.ignore_index)",
             "constant_values=-100)",
-            "",
+            "test_values_by_hand.py::test_tokens_that_fill_a_chunk_of_the_loss_do_not_count",
         ),
     ),
     *rows(
-        "training",
+        "finetune",
         (
             "fine-tuning draws the same adapters for every seed",
             "train/finetune.py",
             "adapters=plan.init(jax.random.key(options.seed)),",
             "adapters=plan.init(jax.random.key(0)),",
-            "",
+            "test_finetune_options.py::test_the_seed_decides_the_start_and_not_the_parts",
         ),
     ),
     *rows(
@@ -151,7 +151,7 @@ SECOND = (
             "commands/diff.py",
             "if one.indices != other.indices:",
             "if len(one.indices) != len(other.indices):",
-            "",
+            "test_values_by_hand.py::test_rows_of_different_tokens_are_not_compared",
         ),
     ),
     *rows(
@@ -162,7 +162,7 @@ SECOND = (
             "return bool(np.array_equal(one, two) and np.array_equal(np.signbit(one), "
             "np.signbit(two)))",
             "return bool(np.array_equal(one, two))",
-            "",
+            "test_values_by_hand.py::test_zeros_of_different_signs_are_not_exact",
         ),
     ),
     *rows(
@@ -176,7 +176,7 @@ SECOND = (
         ),
     ),
     *rows(
-        "packing",
+        "finetune",
         (
             "a row without tokens is packed as padding",
             "packing.py",
@@ -186,12 +186,194 @@ SECOND = (
         ),
     ),
     *rows(
-        "many",
+        "many adapters",
         (
             "a traced index beyond the stack has zeros for full leaves",
             "many.py",
             "present = (index >= 0) & (index < size)",
             "present = index >= 0",
+            "",
+        ),
+    ),
+)
+
+THIRD = (
+    *rows(
+        "low-rank products",
+        (
+            "groups of rows read B's rank where A has it",
+            "contractions.py",
+            "rank_axis = 1 if kept == OUT else up.ndim - 1",
+            "rank_axis = 1",
+            "",
+        ),
+    ),
+    *rows(
+        "rewriter",
+        (
+            "a bias does not follow the heads of a transposed weight",
+            "rewrite/moves.py",
+            "bias=None if weight.bias is None else follow(weight.bias, OUT, rank_axis),",
+            "bias=weight.bias,",
+            "",
+        ),
+        (
+            "adapters of different dtypes are not brought together in a sum",
+            "rewrite/moves.py",
+            "_alike(list(weights), base.dtype)",
+            "list(weights)",
+            "",
+        ),
+    ),
+    *rows(
+        "configuration",
+        (
+            "leaves trained in full are the model's own arrays",
+            "rewrite/plan.py",
+            "path: Full(jnp.array(value, copy=True))",
+            "path: Full(jnp.asarray(value))",
+            "",
+        ),
+        (
+            "exclude_modules may name nothing",
+            "rewrite/select.py",
+            '            yield "exclude_modules", name\n',
+            "            yield from ()\n",
+            "",
+        ),
+        (
+            "a key of trainable_token_indices begins at a dot",
+            "config.py",
+            "in given.items() if module.endswith(name)]",
+            "in given.items() if _ends_with(module, name)]",
+            "",
+        ),
+    ),
+    *rows(
+        "files",
+        (
+            "PEFT looks up target modules beside target_parameters",
+            "peft/config_json.py",
+            '[] if own["target_modules"] is None else own["target_modules"]',
+            'own["target_modules"]',
+            "",
+        ),
+        (
+            "a magnitude without use_dora is dropped",
+            "peft/halves.py",
+            'if "magnitude" in parts and not dora:',
+            'if "magnitude" in parts and dora and not dora:',
+            "",
+        ),
+        (
+            "two rows of a table may give one name",
+            "naming.py",
+            "            if part in seen:\n",
+            "            if part in seen and lone:\n",
+            "",
+        ),
+    ),
+    *rows(
+        "merging",
+        (
+            "without_dora does not hear of the rank",
+            "extracting.py",
+            "rank(one) if r is None else r)",
+            "rank(one))",
+            "",
+        ),
+        (
+            "what resize leaves alone is the old array",
+            "compressing.py",
+            "return apart(resized, adapters), errors",
+            "return resized, errors",
+            "",
+        ),
+    ),
+    *rows(
+        "initialisations",
+        (
+            "EVA's rank of a module is that of one whose name ends alike",
+            "inits/ranks.py",
+            "any(configs.hits(one, m) for one in own)]",
+            "False]",
+            "",
+        ),
+    ),
+    *rows(
+        "optimizers",
+        (
+            "embeddings are preconditioned, too",
+            "optimizers.py",
+            "return gradient if path in embeddings else _preconditioned(gradient, adapter, reg)",
+            "return _preconditioned(gradient, adapter, reg)",
+            "",
+        ),
+        (
+            "a negative label is the first of the vocabulary",
+            "losses.py",
+            "ignored | ((labels >= 0) & (labels < vocabulary))",
+            "ignored | (labels < vocabulary)",
+            "",
+        ),
+    ),
+    *rows(
+        "finetune",
+        (
+            "the same accuracy with a lower loss is not better",
+            "train/loop.py",
+            "if (score.accuracy, -score.loss) > self.best:",
+            "if score.accuracy > self.best[0]:",
+            "",
+        ),
+    ),
+    *rows(
+        "commands",
+        (
+            "adapters of different invocations are combined",
+            "commands/combine.py",
+            "    _refuse_other_tokens(opened, options.adapters)\n",
+            "",
+            "",
+        ),
+    ),
+    *rows(
+        "parity",
+        (
+            "outputs of another shape correspond",
+            "parity/compare.py",
+            "        if ours[name].shape != theirs[name].shape\n",
+            "        if ours[name].size != theirs[name].size\n",
+            "",
+        ),
+    ),
+    *rows(
+        "layers",
+        (
+            "an adapter that no layer uses is not told",
+            "linen/layers.py",
+            "for path in sorted(leaves.keys() - wanted)]",
+            "for path in ()]",
+            "",
+        ),
+    ),
+    *rows(
+        "finetune",
+        (
+            "a batch of packed rows may have five shapes",
+            "packing.py",
+            "quarter = -(-mask.size // QUARTERS)",
+            "quarter = max(mask.size // QUARTERS, 1)",
+            "",
+        ),
+    ),
+    *rows(
+        "many adapters",
+        (
+            "an aLoRA is stacked with an adapter that acts everywhere",
+            "many.py",
+            '        "masked": entry.masked,\n        "columns": entry.columns,',
+            '        "columns": entry.columns,',
             "",
         ),
     ),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from lora_jax import (
     Adapter,
@@ -86,6 +87,37 @@ def test_products_of_one_input_keep_their_own_a_where_they_share():
         change = one.scale * np.float64(one.a) @ np.float64(one.b)
         wanted = np.float64(x) @ (np.float64(params[name]) + change)
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_plain_weight_beside_doras_keeps_its_output():
+    """Their columns are one weight: DoRA's gain is that of its own columns alone."""
+    params = {"w": whole(W), "v": whole(2 * W)}
+    adapters = {"w": pair(magnitude=whole([1.0, 4.0])), "v": pair(scale=2.0)}
+
+    def fn(params, x):
+        return x @ jnp.concatenate([params["w"], params["v"]], axis=1)
+
+    got = lora(fn)(params, adapters, jnp.eye(2))
+    moved = W + 0.5 * A @ B
+    of_dora = moved * np.array([1, 4]) / np.linalg.norm(moved, axis=0)
+    np.testing.assert_allclose(got[:, :2], of_dora, rtol=1e-6)
+    np.testing.assert_allclose(got[:, 2:], 2 * W + 2 * A @ B, rtol=1e-6)
+
+
+def test_every_group_of_a_convolution_sees_all_of_a_and_columns_of_b_of_its_own():
+    # a window of one point, two groups of two channels to three each, and a rank of two
+    a, b = np.array([[[1.0, 2.0], [3.0, -1.0]]]), np.arange(12.0).reshape(2, 6)
+    x = np.array([[[1.0, -2.0, 0.5, 3.0]]])
+
+    def fn(params, x):
+        return lax.conv_general_dilated(
+            x, params["w"], (1,), "VALID", None, None, ("NWC", "WIO", "NWC"), 2
+        )
+
+    adapters = {"w": pair(a, b, 2.0, axes="iio")}
+    got = lora(fn)({"w": jnp.zeros((1, 2, 6))}, adapters, whole(x))
+    first, second = x[0, 0, :2] @ a[0] @ b[:, :3], x[0, 0, 2:] @ a[0] @ b[:, 3:]
+    np.testing.assert_allclose(got[0, 0], 2 * np.concatenate([first, second]), rtol=1e-6)
 
 
 # What trains and how it starts
