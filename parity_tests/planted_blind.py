@@ -172,7 +172,7 @@ SECOND = (
             "nnx/layers.py",
             'stream = layer.rngs if rngs is None else rngs["dropout"]',
             "stream = layer.rngs",
-            "",
+            "test_layers.py::test_dropout_zeroes_and_scales_the_elements_of_x",
         ),
     ),
     *rows(
@@ -182,7 +182,7 @@ SECOND = (
             "packing.py",
             "mask = np.where(np.any(mask, axis=1, keepdims=True), mask, 1)",
             "mask = np.asarray(mask)",
-            "",
+            "test_packing.py::test_every_token_has_one_place_and_few_shapes_occur",
         ),
     ),
     *rows(
@@ -192,7 +192,7 @@ SECOND = (
             "many.py",
             "present = (index >= 0) & (index < size)",
             "present = index >= 0",
-            "",
+            "test_values_by_hand.py::test_a_traced_index_beyond_the_stack_is_no_adapter",
         ),
     ),
 )

@@ -31,6 +31,7 @@ from lora_jax.errors import AdapterError
 from lora_jax.initializers import draw
 from lora_jax.inits.activations import eva
 from lora_jax.losses import linear_cross_entropy
+from lora_jax.many import select, stack
 from lora_jax.naming import Fused, stacked
 from lora_jax.optimizers import loraplus
 from lora_jax.parity.verdicts import Verdict, judge
@@ -162,6 +163,23 @@ def test_a_whitened_direction_is_over_the_root_of_its_singular_value():
         a, b = eva(gram, total, count, 2, 3, whiten=whiten)
         np.testing.assert_allclose(np.abs(a), np.diag(wanted), atol=1e-5)
         assert not b.any()
+
+
+# Many adapters
+
+
+def test_a_traced_index_beyond_the_stack_is_no_adapter():
+    """What trained in full has the frozen value there, as with −1."""
+    trees = [{"w": pair(scale=n), "b": Full(whole([n, n]))} for n in (1.0, 2.0)]
+    frozen = {"w": whole(W), "b": whole([7.0, 8.0])}
+
+    def chosen(index):
+        own = select(stack(trees), index, frozen)
+        return own["b"].value, own["w"].scale
+
+    bias, scale = jax.jit(chosen)(jnp.array([1, 2, -1, 0]))
+    assert bias.tolist() == [[2, 2], [7, 8], [7, 8], [1, 1]]
+    assert scale.tolist() == [2, 0, 0, 1]
 
 
 # Optimizers and losses
