@@ -27,6 +27,7 @@ from lora_jax import (
     save_pretrained,
 )
 from lora_jax.commands.diff import DiffOptions, diff_files
+from lora_jax.contractions import ragged_dot
 from lora_jax.errors import AdapterError
 from lora_jax.initializers import draw
 from lora_jax.inits.activations import eva
@@ -103,6 +104,35 @@ def test_a_plain_weight_beside_doras_keeps_its_output():
     of_dora = moved * np.array([1, 4]) / np.linalg.norm(moved, axis=0)
     np.testing.assert_allclose(got[:, :2], of_dora, rtol=1e-6)
     np.testing.assert_allclose(got[:, 2:], 2 * W + 2 * A @ B, rtol=1e-6)
+
+
+def test_a_bias_follows_the_axes_of_its_weight():
+    """Of a kernel with heads whose order the function exchanges."""
+    rng = np.random.default_rng(0)
+    w, a, b, bias, x = (rng.normal(size=n) for n in ((4, 2, 3), (4, 1), (1, 2, 3), (2, 3), (5, 4)))
+
+    def fn(params, x):
+        return jnp.einsum("xi,ido->xdo", x, params["w"].transpose(0, 2, 1))
+
+    adapters = {"w": pair(a, b, 2.0, axes="ioo", bias=whole(bias))}
+    got = lora(fn)({"w": whole(w)}, adapters, whole(x))
+    path = np.einsum("xi,ir,rdo->xdo", x, a, b)
+    wanted = np.einsum("xi,ido->xdo", x, w) + 2 * (path + bias)
+    np.testing.assert_allclose(got, wanted.transpose(0, 2, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_of_rows_meet_a_stack_either_way_round():
+    """Rows of the first group, then of the second: ``x·A·B``, and ``y·Bᵀ·Aᵀ`` for the transpose."""
+    rng = np.random.default_rng(0)
+    a, b, x, y = (rng.normal(size=n) for n in ((2, 4, 2), (2, 2, 3), (5, 4), (5, 3)))
+    one, sizes = pair(a, b, 0.5, axes="sio"), jnp.array([2, 3])
+    groups = [0, 0, 1, 1, 1]
+    forth = ragged_dot(whole(x), one, sizes, 1, 1, 0)
+    wanted = 0.5 * np.einsum("mi,mir,mro->mo", x, a[groups], b[groups])
+    np.testing.assert_allclose(forth, wanted, rtol=1e-5, atol=1e-6)
+    back = ragged_dot(whole(y), one, sizes, 1, 2, 0)
+    wanted = 0.5 * np.einsum("mo,mro,mir->mi", y, b[groups], a[groups])
+    np.testing.assert_allclose(back, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_every_group_of_a_convolution_sees_all_of_a_and_columns_of_b_of_its_own():
@@ -279,6 +309,17 @@ def test_rows_of_different_tokens_are_not_compared(tmp_path):
 
     assert said("two") == "emb rows trained, [1, 3] and [1, 4]"
     assert said("three") == "emb rows trained, equal"
+
+
+def test_a_magnitude_that_the_configuration_does_not_know_is_refused(tmp_path):
+    params = {"w": jnp.eye(2)}
+    config = LoraConfig(r=1, target_modules=["w"], use_dora=True)
+    found = plan(dense, params, config, jnp.ones((1, 2)))
+    save_pretrained(tmp_path, found, found.init(jax.random.key(0)))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"use_dora": true', '"use_dora": false'))
+    with pytest.raises(AdapterError, match="magnitude_vector: unexpected, as use_dora is false"):
+        open_adapter(tmp_path)
 
 
 def test_no_value_that_is_not_finite_is_loaded(tmp_path):
