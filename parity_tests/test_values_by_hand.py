@@ -26,11 +26,15 @@ from lora_jax import (
     plan,
     save_pretrained,
 )
+from lora_jax.adapter import rank
 from lora_jax.commands.diff import DiffOptions, diff_files
+from lora_jax.config import rank_and_alpha
 from lora_jax.contractions import ragged_dot
 from lora_jax.errors import AdapterError
+from lora_jax.extracting import without_dora
 from lora_jax.initializers import draw
 from lora_jax.inits.activations import eva
+from lora_jax.inits.ranks import eva_ranks
 from lora_jax.losses import linear_cross_entropy
 from lora_jax.many import select, stack
 from lora_jax.naming import Fused, stacked
@@ -193,6 +197,34 @@ def test_a_whitened_direction_is_over_the_root_of_its_singular_value():
         a, b = eva(gram, total, count, 2, 3, whiten=whiten)
         np.testing.assert_allclose(np.abs(a), np.diag(wanted), atol=1e-5)
         assert not b.any()
+
+
+def test_ranks_of_modules_whose_names_end_alike_are_each_ones_own():
+    """EVA's: the inputs of q vary in three directions alike, of layer.q in two, of other in one."""
+    params = {"q": jnp.eye(4), "layer": {"q": jnp.eye(4)}, "other": jnp.eye(4)}
+
+    def fn(params, x, y, z):
+        return x @ params["q"] + y @ params["layer"]["q"] + z @ params["other"]
+
+    both_ways = np.concatenate([np.eye(4)[:3], -np.eye(4)[:3]])
+    x, y, z = (whole(both_ways * (np.arange(4) < n)) for n in (3, 2, 1))
+    config = LoraConfig(r=2, init_lora_weights="eva", target_modules=["q", "other"])
+    found = eva_ranks(plan(fn, params, config, x, y, z), params, fn=fn, batches=[(x, y, z)])
+    wanted = {"q": 3, "layer.q": 2, "other": 1}
+    assert {leaf.path: leaf.r for leaf in found.adapted} == wanted
+    assert {name: rank_and_alpha(found.config, name)[0] for name in wanted} == wanted
+
+
+def test_plain_lora_in_doras_place_has_the_rank_that_is_asked_for():
+    adapters = {"w": pair(magnitude=whole([1.0, 4.0]))}
+    for r, wanted in ((None, 1), (1, 1), (2, 2)):
+        plain, errors = without_dora({"w": whole(W)}, adapters, r)
+        assert (rank(plain["w"]), plain["w"].scale, plain["w"].magnitude) == (wanted, 1.0, None)
+    # of full rank: nothing is left out
+    moved = W + 0.5 * A @ B
+    change = moved * np.array([1, 4]) / np.linalg.norm(moved, axis=0) - W
+    np.testing.assert_allclose(np.float64(plain["w"].a) @ plain["w"].b, change, atol=1e-5)
+    assert errors["w"] < 1e-6
 
 
 # Many adapters
