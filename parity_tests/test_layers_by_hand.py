@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from lora_jax.linen import LoRADense, LoRADenseGeneral
+from lora_jax.errors import AdapterError
+from lora_jax.linen import LoRADense, LoRADenseGeneral, adapters_of
 from lora_jax.nnx import LoRALinear, LoRALinearGeneral
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
@@ -63,3 +65,11 @@ def test_axes_that_are_named_out_of_order_are_summed_as_the_kernel_has_them():
         both = map(np.float64, (x, layer.lora_a[...], layer.lora_b[...]))
         wanted = 3 * np.einsum("bij,ijr,ro->bo", *both)
         np.testing.assert_allclose(layer(x) - before, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_no_layer_uses_is_told():
+    layer = LoRADense(5, r=2)
+    variables = layer.init(jax.random.key(0), X)
+    lost = {"other": variables["lora"]}
+    with pytest.raises(AdapterError, match="other.lora_a: no layer uses it"):
+        adapters_of(layer, {**variables, "lora": variables["lora"] | lost}, X)

@@ -27,6 +27,7 @@ from lora_jax import (
     save_pretrained,
 )
 from lora_jax.adapter import rank
+from lora_jax.commands.combine import CombineOptions, combine_files
 from lora_jax.commands.diff import DiffOptions, diff_files
 from lora_jax.config import rank_and_alpha
 from lora_jax.contractions import ragged_dot
@@ -244,6 +245,11 @@ def test_a_traced_index_beyond_the_stack_is_no_adapter():
     assert scale.tolist() == [2, 0, 0, 1]
 
 
+def test_an_alora_is_not_stacked_with_an_adapter_that_acts_everywhere():
+    with pytest.raises(AdapterError, match="w: masked of adapter 1 is True, of adapter 0 False"):
+        stack([{"w": pair()}, {"w": pair(masked=True)}])
+
+
 # Optimizers and losses
 
 
@@ -352,6 +358,17 @@ def test_a_magnitude_that_the_configuration_does_not_know_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"use_dora": true', '"use_dora": false'))
     with pytest.raises(AdapterError, match="magnitude_vector: unexpected, as use_dora is false"):
         open_adapter(tmp_path)
+
+
+def test_adapters_of_different_invocations_are_not_combined(tmp_path):
+    for name, tokens in (("one", [1]), ("two", [2]), ("three", [1])):
+        config = LoraConfig(r=1, target_modules=["w"], alora_invocation_tokens=tokens)
+        found = plan(dense, {"w": jnp.eye(2)}, config, jnp.ones((1, 2)))
+        save_pretrained(tmp_path / name, found, found.init(jax.random.key(0)))
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    with pytest.raises(AdapterError, match="different parts of a text"):
+        combine_files(CombineOptions(tmp_path / "out", (one, two)))
+    combine_files(CombineOptions(tmp_path / "out", (one, three)))
 
 
 def test_no_value_that_is_not_finite_is_loaded(tmp_path):
