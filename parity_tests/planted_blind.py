@@ -1,8 +1,8 @@
 """Bugs thought up from the source alone, without a look at the tests or at the planted table.
 
 How many of them the default tests found before any test was written for them says what the suite
-finds of bugs that nobody had in mind: 11 of the 20 of ``SECOND``, and 12 of the 19 of ``THIRD``. Since
-then each has its test, as those of the table.
+finds of bugs that nobody had in mind: 11 of the 20 of ``SECOND``, and 12 of the 19 of ``THIRD``.
+Since then each has its test, as those of the table.
 """
 
 from __future__ import annotations
