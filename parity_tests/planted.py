@@ -4,70 +4,28 @@ The parity checks have a gate of their own (``lora_jax.parity.mutants``); this o
 project's tests. Each bug is one line that a user would feel. Its test runs in a process of its own
 on a copy of the project with that line changed. As every process would otherwise import JAX,
 PyTorch and PEFT for seconds, one server imports them and forks; the project itself is imported
-after the fork. ``python -m parity_tests.planted NAME …`` runs some by hand.
+after the fork. ``python -m parity_tests.planted NAME …`` runs some by hand, and ``--clean 200`` the
+tests alone, so many times, each round with another seed: nothing may fail.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("lora_jax", "lora_torch_ref", "benchmarks", "parity_tests", "docs", "examples")
-# Without the import hook that checks types, which takes seconds: values must tell.
-OPTIONS = (
-    "-o",
-    "addopts=",
-    "-q",
-    "-x",
-    "-n",
-    "0",
-    "-m",
-    "not slow",
-    "--no-header",
-    "-p",
-    "no:cacheprovider",
-)
-# The server has imported pytest's plugins before pytest could rewrite their assertions.
-OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-SECONDS = 300
-
-# How much of pytest's output is kept, in characters.
-TOLD = 3000
-
-# What takes seconds to import and is not the project's.
-HEAVY = (
-    "jax",
-    "jax.numpy",
-    "flax.linen",
-    "flax.nnx",
-    "optax",
-    "safetensors.numpy",
-    "torch",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.llama.modeling_llama",
-    "peft",
-    "tokenizers",
-    "tyro",
-    "rich.console",
-    "matplotlib.pyplot",
-    "hypothesis",
-    "beartype",
-    "jaxtyping",
-    "pytest",
-)
+# The variable by which a server knows its seed.
+SEED = "PLANTED_SEED"
 
 
 @dataclass(frozen=True)
@@ -109,6 +67,9 @@ def rows(area: str, *given: tuple[str, str, str, str, str]) -> tuple[Planted, ..
     return tuple(Planted(name, area, *rest) for name, *rest in given)
 
 
+FOUND, SURVIVES = "found", "survives"
+
+
 @dataclass(frozen=True)
 class Fate:
     """What became of a bug: ``found``, ``survives`` or what kept the test from telling."""
@@ -121,27 +82,82 @@ class Fate:
     @property
     def found(self) -> bool:
         """Whether a test failed."""
-        return self.said == "found"
+        return self.said == FOUND
 
 
-# pytest's exit codes; all others are no verdict.
-SAID = {0: "survives", 1: "found"}
-BEFORE = 71
+class Server:
+    """A process that has imported what takes seconds, and forks for every bug.
 
+    Args:
+        seed: decides the order of sets there, as ``PYTHONHASHSEED`` does, and moves what
+            ``numpy.random.default_rng`` draws; None for any order and the tests' own draws.
+    """
 
-def plant(bugs: Sequence[Planted]) -> list[Fate]:
-    """Run the test of every bug with the bug planted, one after the other."""
-    given = json.dumps([asdict(bug) for bug in bugs])
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "bugs.json"
-        path.write_text(given)
-        command = [sys.executable, "-m", "parity_tests.planted", "--serve", str(path)]
-        told = subprocess.run(
-            command, cwd=ROOT, env=_environment(directory), text=True, capture_output=True
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> Server:
+        self._cache = tempfile.TemporaryDirectory()
+        self._said = tempfile.TemporaryFile("w+")
+        own = {} if self.seed is None else dict.fromkeys((SEED, "PYTHONHASHSEED"), str(self.seed))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "parity_tests.planted_server"],
+            cwd=ROOT,
+            env=_environment(self._cache.name) | own,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
         )
-    if told.returncode:
-        raise RuntimeError(f"the server of planted bugs failed:\n{told.stderr}")
-    return [Fate(**json.loads(line)) for line in told.stdout.splitlines()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Without further lines it ends.
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._said.close()
+        self._cache.cleanup()
+
+    def plant(self, bugs: Iterable[Planted]) -> list[Fate]:
+        """Run the test of every bug with the bug planted, one after the other."""
+        return list(map(self.fate, bugs))
+
+    def fate(self, bug: Planted) -> Fate:
+        """Run the test of a bug with the bug planted."""
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(asdict(bug)), file=self._process.stdin, flush=True)
+        if not (line := self._process.stdout.readline()):
+            self._said.seek(0)
+            raise RuntimeError(f"the server of planted bugs failed:\n{self._said.read()}")
+        return Fate(**json.loads(line))
+
+
+Tell = Callable[[Fate], None]
+
+
+def plant(
+    bugs: Sequence[Planted], processes: int = 1, tell: Tell = lambda fate: None
+) -> list[Fate]:
+    """Run the test of every bug with the bug planted, in so many servers at once."""
+    # Each takes the next one that is left, so that they end together.
+    left, fates = deque(enumerate(bugs)), {}
+
+    def serve(_: int) -> None:
+        with Server() as server:
+            while True:
+                try:
+                    n, bug = left.popleft()
+                except IndexError:
+                    return
+                fates[n] = server.fate(bug)
+                tell(fates[n])
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(serve, range(processes)))
+    return [fates[n] for n in range(len(bugs))]
 
 
 def _environment(directory: str) -> dict[str, str]:
@@ -156,123 +172,64 @@ def _environment(directory: str) -> dict[str, str]:
     return cached | own | {"PYTHONPATH": str(ROOT)}
 
 
-def _serve(bugs: Iterable[Planted]) -> None:
-    """Fork for every bug, and print its fate as a line of JSON."""
-    _import_all()
-    with _copy() as copy:
-        for bug in bugs:
-            print(json.dumps(asdict(_fate(bug, copy))), flush=True)
+def distinct(bugs: Iterable[Planted]) -> list[Planted]:
+    """Return the code as it is once for each of their tests: none of them may fail."""
+    tests = dict.fromkeys(test for bug in bugs for test in bug.test.split())
+    return [Planted(test, "the code as it is", "", "", "", test) for test in tests]
 
 
-def _import_all() -> None:
-    import warnings
+def clean(
+    bugs: Sequence[Planted], runs: int, processes: int = 1, tell: Tell = lambda fate: None
+) -> list[Fate]:
+    """Run the tests on the code as it is so many times, with another seed in each round.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in HEAVY:
-            # Without one of them its tests only take longer.
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+    Returns:
+        What the test said in each run, its name and the seed: ``found`` is a false alarm.
+    """
+    own = distinct(bugs)
+    rounds = [own[: runs - start] for start in range(0, runs, len(own))]
 
+    def serve(seed: int) -> list[Fate]:
+        with Server(seed) as server:
+            fates = []
+            for bug in rounds[seed]:
+                fates.append(replace(server.fate(bug), name=f"{bug.name}, seed {seed}"))
+                tell(fates[-1])
+            return fates
 
-@contextlib.contextmanager
-def _copy() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory).resolve()
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                # With the times of the files, by which compiled ones stay valid.
-                shutil.copytree(ROOT / name, copy / name)
-        for path in ROOT.iterdir():
-            if path.is_file():
-                shutil.copy2(path, copy / path.name)
-        yield copy
-
-
-def _fate(bug: Planted, copy: Path) -> Fate:
-    began = time.perf_counter()
-    source, log = ROOT / "lora_jax" / bug.file, copy / "log"
-    if bug.problem:
-        return Fate(bug.name, f"cannot be planted: {bug.problem}", 0.0)
-    changed = copy / "lora_jax" / bug.file
-    if bug.file:
-        changed.write_text(source.read_text("utf-8").replace(bug.old, bug.new), "utf-8")
-    try:
-        code = _forked(bug, copy, log)
-    finally:
-        if bug.file:
-            shutil.copy2(source, changed)
-    said = SAID.get(code, f"no verdict: pytest ended with {code}")
-    seconds = round(time.perf_counter() - began, 1)
-    return Fate(bug.name, said, seconds, log.read_text("utf-8", "replace")[-TOLD:])
-
-
-def _forked(bug: Planted, copy: Path, log: Path) -> int:
-    """Run the bug's test in a child; return pytest's exit code, -1 for one that does not end."""
-    child = os.fork()
-    if not child:
-        code = 70
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            code = _run(bug, copy)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return -1
-
-
-def _run(bug: Planted, copy: Path) -> int:
-    import pytest
-
-    sys.dont_write_bytecode = True
-    for name in [n for n in sys.modules if n.partition(".")[0] in COPIED]:
-        del sys.modules[name]
-    os.chdir(copy)
-    sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
-    os.environ["PYTHONPATH"] = str(copy)
-    importlib.invalidate_caches()
-    tests = [f"parity_tests/{test}" for test in bug.test.split()]
-    seen = _Failures()
-    code = int(pytest.main([*OPTIONS, "--rootdir", str(copy), *tests], plugins=[seen]))
-    # What fails before a test runs, as an import does, is no verdict.
-    return BEFORE if code == 1 and not seen.count else code
-
-
-class _Failures:
-    """Counts the tests that fail, fixtures included."""
-
-    count = 0
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        self.count += report.failed
+    with ThreadPoolExecutor(processes) as pool:
+        return [fate for several in pool.map(serve, range(len(rounds))) for fate in several]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve a file of bugs, or run those of the table whose names hold one of the words."""
-    if argv and argv[0] == "--serve":
-        _serve(Planted(**one) for one in json.loads(Path(argv[1]).read_text()))
-        return 0
+    """Run the bugs of the table whose names hold one of the words."""
     from parity_tests.planted_table import PLANTED
 
-    chosen = [bug for bug in PLANTED if not argv or any(word in str(bug) for word in argv)]
-    fates = plant(chosen)
-    for fate in fates:
-        print(f"{fate.name}: {fate.said} ({fate.seconds} s)")
-        if not fate.found:
-            print(fate.output)
-    return int(not all(fate.found for fate in fates))
+    parser = argparse.ArgumentParser("python -m parity_tests.planted", description=__doc__)
+    parser.add_argument("words", nargs="*", help="parts of names; without any, all bugs")
+    parser.add_argument("--processes", type=int, default=1, help="how many run at once")
+    parser.add_argument(
+        "--clean", type=int, metavar="RUNS", help="run their tests without a bug, so many times"
+    )
+    given = parser.parse_args(argv)
+    words = given.words
+    chosen = [bug for bug in PLANTED if not words or any(word in str(bug) for word in words)]
+
+    def tell(fate: Fate) -> None:
+        print(f"{fate.name}: {fate.said} ({fate.seconds} s)", flush=True)
+
+    if given.clean:
+        fates = clean(chosen, given.clean, given.processes, tell)
+        bad = [fate for fate in fates if fate.said != SURVIVES]
+        alarms = sum(fate.found for fate in bad)
+        print(f"{len(fates)} clean runs: {alarms} false alarms, {len(bad) - alarms} no verdict")
+    else:
+        fates = plant(chosen, given.processes, tell)
+        bad = [fate for fate in fates if not fate.found]
+        print(f"{len(fates)} bugs: {len(fates) - len(bad)} found")
+    for fate in bad:
+        print(f"\n{fate.name}\n{fate.output}")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

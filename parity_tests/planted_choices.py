@@ -44,7 +44,7 @@ CONFIGURATION = rows(
         "rewrite/select.py",
         '(config.bias == "lora_only" and module in modules)',
         'config.bias == "lora_only"',
-        "test_bare_files.py::test_our_own_files_come_back_byte_for_byte",
+        "test_values_by_hand.py::test_lora_only_trains_the_biases_of_adapted_modules_alone",
     ),
     (
         "the scale is of the configuration's r where a pattern has another",
@@ -100,7 +100,7 @@ INITIALISATIONS = rows(
         "initializers.py",
         "(stacked, fan_in, r), jnp.float32) / r, jnp.zeros(",
         "(stacked, fan_in, r), jnp.float32), jnp.zeros(",
-        "test_core.py::test_initialisers_keep_their_convention",
+        "test_values_by_hand.py::test_gaussian_has_a_deviation_of_one_over_r",
     ),
     (
         "orthogonal is none",
@@ -215,7 +215,7 @@ FILES = rows(
         "peft/tensors.py",
         "None if is_finite(tensor) else",
         "None if True else",
-        "test_strict_files.py::test_every_reader_refuses_and_lists_everything",
+        "test_values_by_hand.py::test_no_value_that_is_not_finite_is_loaded",
     ),
     (
         "an embedding trained in full is written turned",

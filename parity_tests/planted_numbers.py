@@ -7,8 +7,8 @@ REWRITER = rows(
     (
         "weights of different scales are joined with the first's",
         "rewrite/moves.py",
-        ("weights = [replace(w, a=lowrank.scaled(w.a, w)) for w in weights]\n        scale = 1.0"),
-        "scale = weights[0].scale",
+        "return [replace(w, a=lowrank.scaled(w.a, w)) for w in weights], 1.0",
+        "return weights, weights[0].scale",
         "test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
     ),
     (
@@ -103,7 +103,7 @@ LOW_RANK_PRODUCTS = rows(
             "return lax.split(whole, [factor.shape[-1] for factor in factors], "
             "axis=whole.ndim - 1)[::-1]"
         ),
-        "test_siblings.py::test_they_share_and_nothing_else_changes",
+        "test_values_by_hand.py::test_products_of_one_input_keep_their_own_a_where_they_share",
     ),
     (
         "dropout's 1/(1 − p) is 1 + p",
@@ -177,7 +177,7 @@ MERGING = rows(
         "changes.py",
         "with_gain(lowrank.add(wide, change), gain(weight, adapter), adapter.axes)",
         "lowrank.add(wide, change)",
-        "test_dora.py::test_law",
+        "test_values_by_hand.py::test_dora_is_merged_with_its_gain",
     ),
     (
         "rounding is not warned of",
@@ -234,7 +234,7 @@ LAYERS = rows(
         "layers.py",
         "(sorted(n % x.ndim for n in dims) for dims in (axis, batch_dims))",
         "([n % x.ndim for n in dims] for dims in (axis, batch_dims))",
-        "test_layers.py::test_law",
+        "test_layers_by_hand.py::test_axes_that_are_named_out_of_order_are_summed_as_the_kernel_has_them",
     ),
     (
         "a layer's scale is r/alpha",
