@@ -140,6 +140,8 @@ def test_names_that_do_not_fit_are_listed():
     with pytest.raises(ParityError, match="y: of JAX's alone"):
         compare(fn, lambda **given: {"logits": fn(**given)}, inputs)
     assert compare(fn, lambda **given: {"logits": fn(**given)}, inputs, outputs={"y": "logits"}).ok
+    with pytest.raises(ParityError, match=r"y: jax \(2, 3\), torch \(3, 2\)"):
+        compare(lambda x: 2 * x, lambda x: 2 * x.T, {"x": np.ones((2, 3), np.float32)})
     with pytest.raises(ParityError, match="z: not an input"):
         compare(fn, fn, inputs, wrt=["z"])
     with pytest.raises(ParityError, match="wrt: got no path, wanted some of w, x;"):

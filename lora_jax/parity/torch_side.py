@@ -79,7 +79,9 @@ def run(
         result = {name: to_numpy(value) for name, value in found.items()}
         if cotangents is None:
             return result
-        reached = [n for n in cotangents if n in found and found[n].requires_grad]
+        # Of other names or shapes there is no gradient: who compares says what does not fit.
+        fit = [n for n, g in cotangents.items() if n in found and found[n].shape == g.shape]
+        reached = [n for n in fit if found[n].requires_grad]
         seeds = [to_torch(cotangents[n], wide).to(found[n].dtype) for n in reached]
         gradients = torch.autograd.grad(
             [found[n] for n in reached], [leaves[n] for n in wrt], seeds, allow_unused=True
