@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lora_jax.errors import LoraError
+from lora_jax.core.errors import LoraError
 
 try:
     import rich  # noqa: F401

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.errors import LoraError
+from lora_jax.core.errors import LoraError
 
 Arrays = Mapping[str, np.ndarray]
 

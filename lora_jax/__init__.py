@@ -1,16 +1,39 @@
 """LoRA for any JAX function, in PEFT's terms and files."""
 
-from .adapter import Adapter, Adapters, Full, Rows
-from .algebra import add, rename, scale_by, subtract
-from .alora import alora_mask
-from .combining import combination_error, combine
-from .compressing import resize
-from .config import LoraConfig
-from .errors import LoraError
-from .extracting import extract, without_dora
-from .inits import eva_ranks, for_changed_base, initialise, relative_to
-from .many import Stacked, map_adapters, per_example, rescale, select, stack, unstack
-from .merging import merge, merge_report
+from .adapters.arithmetic import (
+    add,
+    rename,
+    scale_by,
+    subtract,
+)
+from .adapters.combine import combination_error, combine
+from .adapters.extract import extract, without_dora
+from .adapters.inits import (
+    eva_ranks,
+    for_changed_base,
+    initialise,
+    relative_to,
+)
+from .adapters.merge import merge, merge_report
+from .adapters.resize import resize
+from .adapters.stack import (
+    Stacked,
+    map_adapters,
+    per_example,
+    rescale,
+    select,
+    stack,
+    unstack,
+)
+from .core.adapter import (
+    Adapter,
+    Adapters,
+    Full,
+    Rows,
+)
+from .core.alora import alora_mask
+from .core.config.lora_config import LoraConfig
+from .core.errors import LoraError
 from .peft import (
     load_config,
     load_pretrained,
@@ -23,7 +46,7 @@ from .peft import (
 )
 from .rewrite import Frugality, Plan, frugality, lora, plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adapter",

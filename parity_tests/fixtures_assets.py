@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax import assets
+from lora_jax.models import assets
 
 
 @pytest.fixture(scope="session")

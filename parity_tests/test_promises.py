@@ -11,7 +11,7 @@ PAGE = HERE.parent / "docs" / "promises.md"
 
 
 def named_in(row: str) -> list[tuple[str, str]]:
-    return re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+    return re.findall(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", row)
 
 
 def test_every_promise_names_tests_that_are_there():

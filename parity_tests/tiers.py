@@ -19,7 +19,7 @@ def thin(items: Iterable[pytest.Item]) -> None:
     """Mark as slow all but every fifth case of a test that has many."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("slow") is None:
+        if not (item.get_closest_marker("slow") or item.get_closest_marker("every_case")):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for several in tests.values():
         for n, item in enumerate(several if len(several) > LONG else ()):

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..hlo import Instruction, Program, parse
+from ..measure.hlo import Instruction, Program, parse
 
 KINDS = (
     "all-gather",

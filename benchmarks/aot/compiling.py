@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .. import apart
+from ..measure import apart
 from . import collectives, facts, targets
 from .facts import Facts, Memory, Request
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import Adapter, LoraConfig
-from lora_jax.bits import checkpoint_name
-from lora_jax.losses import linear_cross_entropy
+from lora_jax.core.xla.bf16_slices import checkpoint_name
+from lora_jax.optim.losses import linear_cross_entropy
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 

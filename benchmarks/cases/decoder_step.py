@@ -15,7 +15,7 @@ import jax
 from lora_jax import lora, plan
 
 from ..case import Case, Contestant, Work
-from ..contestants import jax_settings
+from ..contestants.common import jax_settings
 from . import decoder
 from .decoder import Sizes
 

@@ -25,7 +25,7 @@ import safetensors.numpy
 from lora_jax import Adapter, LoraConfig, Plan, load_pretrained, plan, save_pretrained
 
 from ..case import Arrays, Case, Contestant, Needed, Work
-from ..contestants import (
+from ..contestants.common import (
     jax_settings,
     on_host,
     torch_device,

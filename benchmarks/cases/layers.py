@@ -11,10 +11,10 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from .. import layer_jax, layer_peers, layer_torch
 from ..case import Case, Contestant, Work
-from ..contestants import jax_settings, torch_settings
-from ..layer import Layer
+from ..contestants import layer_jax, layer_peers, layer_torch
+from ..contestants.common import jax_settings, torch_settings
+from ..contestants.layer import Layer
 
 JAX, FLAX = ("jax", "jaxlib"), ("jax", "jaxlib", "flax")
 

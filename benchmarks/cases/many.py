@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax import lora, map_adapters, rescale, stack
 
 from ..case import Arrays, Case, Contestant, Needed, Work
-from ..contestants import (
+from ..contestants.common import (
     compiled,
     jax_settings,
     on_host,

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import merge, paths
+from lora_jax import merge
+from lora_jax.core import paths
 
 from ..case import Arrays, Case, Contestant, Needed, Work
-from ..contestants import (
+from ..contestants.common import (
     compiled,
     jax_settings,
     on_host,

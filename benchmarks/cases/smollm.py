@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..case import Case, Contestant, Work, as_arrays
-from ..contestants import jax_settings, torch_settings
+from ..contestants.common import jax_settings, torch_settings
 from . import smollm_jax, smollm_model, smollm_torch
 from .decoder import Sizes
 from .smollm_model import SMOLLM2, Task

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax import Adapter, lora, merge
-from lora_jax.adam import adamw
+from lora_jax.optim.adam import adamw
 
 from ..case import Arrays, Work, as_arrays
-from ..contestants import compiled
+from ..contestants.common import compiled
 from . import decoder, smollm_model
 from .decoder import Params, Sizes, tokens
 from .smollm_model import LEARNING_RATE, WEIGHT_DECAY, Task

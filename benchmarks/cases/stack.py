@@ -17,7 +17,7 @@ import numpy as np
 from lora_jax import Adapter, LoraConfig, Plan, plan
 
 from ..case import Arrays
-from ..contestants import torch_ready
+from ..contestants.common import torch_ready
 from . import decoder
 
 Params = Mapping[str, Any]

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_jax.errors import raise_all
-from lora_jax.files import write_atomic
+from lora_jax.core.errors import raise_all
+from lora_jax.core.io.atomic_files import write_atomic
 
 from ..aot import facts, targets
 from ..aot.compiling import compile_apart
 from ..aot.facts import Request
 from ..case import BenchmarkError
-from ..tables import console
+from ..show.tables import console
 
 
 @dataclass(frozen=True)

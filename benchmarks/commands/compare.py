@@ -12,12 +12,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .. import compare, files
 from ..case import BenchmarkError
-from ..compare import Change
-from ..report import Report
-from ..rows import clock
-from ..tables import console
+from ..show import compare, files
+from ..show.compare import Change
+from ..show.report import Report
+from ..show.rows import clock
+from ..show.tables import console
 
 NOT_IN_TURNS = (
     "These times were not taken in turns. The interval holds each run's own scatter, not what "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Column, Table
 
 from ..cases import CASES
-from ..tables import console
+from ..show.tables import console
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import tyro
 
-from lora_jax.files import write_atomic
+from lora_jax.core.io.atomic_files import write_atomic
 
-from .. import files
 from ..case import BenchmarkError
-from ..page import to_html
-from ..plots import pictures
+from ..show import files
+from ..show.page import to_html
+from ..show.plots import pictures
 
 PAGE = "index.html"
 

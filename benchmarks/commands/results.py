@@ -9,12 +9,12 @@ from typing import Annotated
 
 import tyro
 
-from lora_jax.files import write_atomic
+from lora_jax.core.io.atomic_files import write_atomic
 
-from .. import attempts, files, goals
 from ..aot.facts import Facts, from_json
 from ..case import BenchmarkError
-from ..results import to_markdown
+from ..show import attempts, files, goals
+from ..show.results import to_markdown
 
 TARGET = Path(__file__).parents[1] / "RESULTS.md"
 

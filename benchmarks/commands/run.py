@@ -12,15 +12,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_jax.errors import raise_all
-from lora_jax.files import write_atomic
+from lora_jax.core.errors import raise_all
+from lora_jax.core.io.atomic_files import write_atomic
 
-from .. import environment, limits, memory
 from ..case import BenchmarkError, Case
 from ..cases import CASES
-from ..harness import Result, Timing, run
-from ..report import Report, to_json
-from ..tables import console, render
+from ..measure import environment, limits, memory
+from ..measure.harness import Result, Timing, run
+from ..show.report import Report, to_json
+from ..show.tables import console, render
 
 
 @dataclass(frozen=True)

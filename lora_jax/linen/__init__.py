@@ -1,6 +1,6 @@
 """The Flax Linen front end: ``wrap`` for any module, and layers with a low-rank path."""
 
-from ..serializing import tell_flax
+from ..core.serialization import tell_flax
 from .layers import LoRADense, LoRADenseGeneral, adapters_of
 from .wrap import wrap
 

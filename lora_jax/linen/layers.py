@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Num
 
-from .. import frozen, layers, paths
-from ..adapter import Adapter
-from ..buffers import apart
-from ..errors import AdapterError, raise_all
-from ..initializers import draw
+from ..core import layer, paths
+from ..core.adapter import Adapter
+from ..core.buffers import apart
+from ..core.errors import AdapterError, raise_all
+from ..core.initializers import draw
+from ..core.xla import bf16_dot
 
 COLLECTION, A, B = "lora", "lora_a", "lora_b"
 
@@ -39,9 +40,9 @@ class _LowRank(nn.Module, kw_only=True):
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        layers.config_of(self)
+        layer.config_of(self)
         if self.dot_general is None and self.dot_general_cls is None:
-            self.dot_general = frozen.dot_general
+            self.dot_general = bf16_dot.dot_general
         super().__post_init__()
 
     @nn.compact
@@ -56,7 +57,7 @@ class _LowRank(nn.Module, kw_only=True):
         """
         y = super().__call__(inputs)
         axis, batch_dims, _ = _layout(self)
-        return layers.add_low_rank(
+        return layer.add_low_rank(
             y,
             self.promote_dtype(inputs, None, None, dtype=self.dtype)[0],
             _adapter(self),
@@ -84,7 +85,7 @@ class LoRADense(_LowRank, nn.Dense):
         lora_alpha: numerator of the scale s.
         use_rslora: s is ``alpha / sqrt(r)`` instead of ``alpha / r``.
         lora_dropout: probability of dropping an element of x on the low-rank path, in [0, 1).
-        init_lora_weights: a name in ``lora_jax.initializers.INITIALIZERS``.
+        init_lora_weights: a name in ``lora_jax.core.initializers.INITIALIZERS``.
         lora_dtype: of A and B.
         deterministic: switches dropout off; give it here or at the call.
 
@@ -161,8 +162,8 @@ def adapters_of(
         + [f"{path}: no layer uses it" for path in sorted(leaves.keys() - wanted)],
     )
     adapters = {
-        _path(name, "kernel"): layers.adapter_of(
-            leaves[_path(name, A)], leaves[_path(name, B)], layers.config_of(module), _axes(module)
+        _path(name, "kernel"): layer.adapter_of(
+            leaves[_path(name, A)], leaves[_path(name, B)], layer.config_of(module), _axes(module)
         )
         for name, module in found.items()
     }
@@ -172,17 +173,17 @@ def adapters_of(
 def _layout(module: _LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return ``axis``, ``batch_dims`` and ``features``; ``nn.Dense`` has only the last of them."""
     fields = getattr(module, "axis", -1), getattr(module, "batch_dims", ()), module.features
-    axis, batch_dims, features = map(layers.as_tuple, fields)
+    axis, batch_dims, features = map(layer.as_tuple, fields)
     return axis, batch_dims, features
 
 
 def _axes(module: _LowRank) -> str:
-    return layers.kernel_axes(*_layout(module))
+    return layer.kernel_axes(*_layout(module))
 
 
 def _adapter(module: _LowRank) -> Adapter:
     """Return the module's adapter, drawn if its collection is being made."""
-    config, axes = layers.config_of(module), _axes(module)
+    config, axes = layer.config_of(module), _axes(module)
 
     @functools.cache
     def pair() -> tuple[jax.Array, jax.Array]:
@@ -195,7 +196,7 @@ def _adapter(module: _LowRank) -> Adapter:
 
     a = module.variable(COLLECTION, A, lambda: pair()[0])
     b = module.variable(COLLECTION, B, lambda: pair()[1])
-    return layers.adapter_of(a.value, b.value, config, axes)
+    return layer.adapter_of(a.value, b.value, config, axes)
 
 
 def _dropout_key(module: _LowRank, deterministic: bool | None) -> jax.Array | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ..errors import LoraError
+from ..core.errors import LoraError
 
 PARAMS = "params"
 

@@ -15,10 +15,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from .. import pointers
-from ..errors import AssetError, ConfigError, DataError, raise_all
-from ..intake import parse_json, read_bytes
-from ..packing import Packing, Unpacked, packing
+from ..core.errors import (
+    AssetError,
+    ConfigError,
+    DataError,
+    raise_all,
+)
+from ..core.io import lfs_pointers
+from ..core.io.intake import parse_json, read_bytes
+from .packing import Packing, Unpacked, packing
 
 Layout = Packing | Unpacked
 
@@ -276,7 +281,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         AssetError: it is missing, unreadable, not UTF-8, not JSON or not an object.
     """
-    pointers.refuse(Path(path), AssetError)
+    lfs_pointers.refuse(Path(path), AssetError)
     try:
         values = parse_json(read_bytes(path))
     except OSError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import AssetError, raise_all
+from ..core.errors import AssetError, raise_all
 from .huggingface import open_weights
 
 # So many are built whatever the file holds: what is missing is then named tensor by tensor.

@@ -16,11 +16,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .. import paths, pointers
-from ..assets import check_model, refuse_other_layout, resolve_model
-from ..errors import AssetError, ConfigError, raise_all
-from ..files import claimed
-from ..intake import is_inside, read_bytes, require_regular
+from ..core import paths
+from ..core.errors import AssetError, ConfigError, raise_all
+from ..core.io import lfs_pointers
+from ..core.io.atomic_files import claimed
+from ..core.io.intake import is_inside, read_bytes, require_regular
+from .assets import check_model, refuse_other_layout, resolve_model
 from .bert import BertConfig, BertForSequenceClassification, BertModel, read_json
 
 Params = Mapping[str, Any]
@@ -323,7 +324,7 @@ def open_weights(path: Path) -> Iterator[Any]:
     Raises:
         AssetError: it is no regular file, a pointer to one, or not complete.
     """
-    pointers.refuse(path, AssetError)
+    lfs_pointers.refuse(path, AssetError)
     try:
         require_regular(path)
         with safe_open(path, framework="np") as file:

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..assets import one_line, resolve_model
-from ..config import LoraConfig
-from ..errors import AssetError, LoraError
+from ..core.config.lora_config import LoraConfig
+from ..core.errors import AssetError, LoraError
+from ..core.io.hub_endpoint import one_line
 from ..rewrite import Plan, plan
 from . import described
+from .assets import resolve_model
 from .bert import read_json
 from .huggingface import from_pretrained
 
@@ -36,7 +37,7 @@ def plan_model(
     ``transformers`` is read through PyTorch, under its state-dict names.
 
     Args:
-        name: a directory, an alias or a hub id, see ``lora_jax.assets.resolve_model``.
+        name: a directory, an alias or a hub id, see ``lora_jax.models.assets.resolve_model``.
         config: what to adapt.
         cache: where downloads are kept.
         note: called with a line at every step of a download.
@@ -70,7 +71,7 @@ def _through_torch(directory: Path) -> tuple[Callable[..., Any], Any, dict[str, 
     try:
         import transformers
 
-        from ..torch import from_torch
+        from ..torch.from_torch import from_torch
     except ImportError as error:
         raise AssetError(
             f"{directory} holds no BERT; planning it takes PyTorch: {INSTALL} ({error})"

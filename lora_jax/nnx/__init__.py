@@ -1,6 +1,6 @@
 """The Flax NNX front end: ``wrap`` for any model, and layers with a low-rank path."""
 
-from ..serializing import tell_flax
+from ..core.serialization import tell_flax
 from .layers import LoRALinear, LoRALinearGeneral, adapters_of
 from .model import LoRAModel, adapters, put
 from .params import BaseParam, LoRAParam

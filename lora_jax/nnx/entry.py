@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from ..errors import LoraError
+from ..core.errors import LoraError
 
 Method = str | Callable[..., Any]
 

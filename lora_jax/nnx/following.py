@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..errors import LoraError
+from ..core.errors import LoraError
 
 # Flax's own bookkeeping among an object's attributes.
 _INTERNAL = "_pytree__"

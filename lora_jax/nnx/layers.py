@@ -17,11 +17,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key, Num
 
-from .. import frozen, layers, paths
-from ..adapter import Adapter
-from ..buffers import apart
-from ..errors import AdapterError, ConfigError
-from ..initializers import draw, fold_in_path
+from ..core import layer as layers
+from ..core import paths
+from ..core.adapter import Adapter
+from ..core.buffers import apart
+from ..core.errors import AdapterError, ConfigError
+from ..core.initializers import draw, fold_in_path
+from ..core.xla import bf16_dot
 from .params import LoRAParam
 
 # The constructor and the call below extend those of the layer that stands next in the bases.
@@ -58,7 +60,7 @@ class _LowRank(_Next):
         layers.config_of(self)
         super().__init__(in_features, out_features, rngs=rngs, **base)
         if self.dot_general is lax.dot_general:
-            self.dot_general = frozen.dot_general
+            self.dot_general = bf16_dot.dot_general
         shape, axes = self.kernel.shape, _axes(self)
         a, b = draw(_key(rngs), init_lora_weights, shape, axes, r, lora_dtype)
         self.lora_a, self.lora_b = LoRAParam(a), LoRAParam(b)
@@ -156,7 +158,7 @@ class LoRALinear(_LowRank, nnx.Linear):
         lora_alpha: numerator of the scale s.
         use_rslora: s is ``alpha / sqrt(r)`` instead of ``alpha / r``.
         lora_dropout: probability of dropping an element of x on the low-rank path, in [0, 1).
-        init_lora_weights: a name in ``lora_jax.initializers.INITIALIZERS``.
+        init_lora_weights: a name in ``lora_jax.core.initializers.INITIALIZERS``.
         lora_dtype: of A and B.
         deterministic: switches dropout off.
         rngs: streams ``params`` and, with dropout, ``dropout``.

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from .. import paths
-from ..adapter import Adapters, Entry
-from ..errors import AdapterError, raise_all
+from ..core import paths
+from ..core.adapter import Adapters, Entry
+from ..core.errors import AdapterError, raise_all
 from ..rewrite import Plan, lora
 from .entry import CALL, Method
 from .params import LoRAParam

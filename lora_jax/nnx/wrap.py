@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ..config import LoraConfig
-from ..errors import LoraError
+from ..core.config.lora_config import LoraConfig
+from ..core.errors import LoraError
 from ..rewrite import plan
 from .entry import CALL, Method, with_rngs
 from .model import LoRAModel

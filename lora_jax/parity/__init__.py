@@ -3,20 +3,21 @@
 Imports without PyTorch; what runs PyTorch is in ``torch_side`` and loads it when it is used.
 """
 
-from .against import Difference, differences
+from .assert_frozen import assert_frozen
 from .compare import Comparison, compare
-from .exact import exact_inputs
-from .frozen import assert_frozen
+from .exact_inputs import exact_inputs
 from .guards import refuse, vacuity
-from .jax_order import reordered
-from .jax_taps import tap
-from .names import To
-from .noise import noise_floor
-from .page import to_html
-from .report import Report, from_json, to_json, to_markdown
-from .stepping import optimizer_step
-from .trace import Trace, trace
-from .trajectories import Step, Trajectory, trajectory
+from .reports.differences import Difference, differences
+from .reports.markdown import to_markdown
+from .reports.page import to_html
+from .reports.report import Report, from_json, to_json
+from .sides.jax_order import reordered
+from .tensors import To
+from .tracing.marks import tap
+from .tracing.trace import Trace, trace
+from .training.noise import noise_floor
+from .training.stepping import optimizer_step
+from .training.trajectories import Step, Trajectory, trajectory
 from .verdicts import UNIT_ROUNDOFF, TensorVerdict, Verdict, judge, rel_l2, slope, worst
 
 __all__ = [

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import paths
-from ..errors import ParityError, raise_all
-from ..shown import listed
-from . import jax_side, names
-from .names import Mapped, Tensors
+from ..core import paths
+from ..core.errors import ParityError, raise_all
+from ..core.shown_text import listed
+from . import tensors as names
+from .sides import jax_side
+from .tensors import Mapped, Tensors
 from .verdicts import UNIT_ROUNDOFF, TensorVerdict, Verdict, judge, norm, rel_l2, worst
 
 # Roundings in the chain of operations behind one output or gradient.
@@ -175,13 +176,13 @@ class _Theirs:
         return kept | {to[path].name: to[path].there(self.leaves[path]) for path in renamed}
 
     def islands(self) -> list[str]:
-        from . import torch_side
+        from .sides import torch_side
 
         return torch_side.islands(self.fn, self.given)
 
     def run(self, cotangents: Tensors, *, wide: bool = False) -> Tensors:
         # Here, so that the package imports without PyTorch.
-        from . import torch_side
+        from .sides import torch_side
 
         to = self.to
         said = {ours: names.to(self.outputs, ours) for ours in cotangents}

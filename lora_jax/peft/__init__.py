@@ -1,6 +1,6 @@
 """PEFT's adapter files: pure encoding and decoding, and the directory on disk."""
 
-from .bare import fitted, open_adapter, write_adapter
+from .checks import LoadReport
 from .config_json import AdapterFile
 from .files import (
     load_adapter_file,
@@ -10,8 +10,8 @@ from .files import (
     with_base_weights,
 )
 from .hub import model_card, push_to_hub
-from .strict import LoadReport
 from .tensors import decode, encode
+from .without_model import fitted, open_adapter, write_adapter
 
 __all__ = [
     "AdapterFile",

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..config import LoraConfig
-from ..errors import AdapterError, ConfigError, raise_all
-from ..initializers import INITIALIZERS
-from ..intake import refuse_many
-from ..peft_fields import DEFAULTS, FOREIGN, refused
+from ..core.config.lora_config import LoraConfig
+from ..core.config.peft_fields import DEFAULTS, FOREIGN, refused
+from ..core.errors import AdapterError, ConfigError, raise_all
+from ..core.initializers import INITIALIZERS
+from ..core.io.intake import refuse_many
 
 # How A and B are drawn says nothing about a file's numbers. These names only this library has.
 _OUR_INITS = frozenset(INITIALIZERS) - {True, False, "gaussian", "orthogonal"}

@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import assets, pointers
-from ..errors import AdapterError, AssetError, LoraError
-from ..intake import parse_json, read_bytes, reason
-from ..journal import settle
-from ..waiting import bytes_in, failure, within
+from ..core.errors import AdapterError, AssetError, LoraError
+from ..core.io import hub_endpoint, lfs_pointers
+from ..core.io.intake import parse_json, read_bytes, reason
+from ..core.io.journal import settle
+from ..core.io.network import bytes_in, failure, within
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -60,8 +60,9 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
             f"revision: got {revision!r} for {repo}, wanted a branch, a tag or a commit"
         )
     folder = "/".join(filter(None, [inner.lstrip("/"), subfolder]))
-    heading = f"no directory {name!r} was found, and {assets.endpoint()}/{repo} gave no adapter"
-    offline = any(map(assets.is_set, assets.OFFLINE))
+    where = f"{hub_endpoint.endpoint()}/{repo}"
+    heading = f"no directory {name!r} was found, and {where} gave no adapter"
+    offline = any(map(hub_endpoint.is_set, hub_endpoint.OFFLINE))
     try:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
@@ -78,10 +79,10 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
                 f"{folder}/{file}" if folder else file,
                 # Further files are of the first one's commit, also when a push comes between.
                 revision=commit,
-                endpoint=assets.endpoint(),
+                endpoint=hub_endpoint.endpoint(),
                 local_files_only=offline,
             ),
-            f"{assets.endpoint()}/{repo}",
+            f"{hub_endpoint.endpoint()}/{repo}",
             arrived=lambda: bytes_in(Path(constants.HF_HUB_CACHE) / kept),
             say=_log.warning,
         )
@@ -90,7 +91,7 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
 
     try:
         if not offline:
-            assets.probe(assets.endpoint())
+            hub_endpoint.probe(hub_endpoint.endpoint())
         for file in files or (CONFIG_NAME, WEIGHTS_NAME):
             try:
                 directory = download(file)
@@ -105,7 +106,7 @@ def located(name: str | Path, *files: str, subfolder: str | None = None) -> Path
     # Its failures share no base class, and each means the same here.
     except Exception as error:
         raise AdapterError(
-            f"{heading}: {assets.one_line(failure(error))}. An adapter has {CONFIG_NAME} and "
+            f"{heading}: {hub_endpoint.one_line(failure(error))}. An adapter has {CONFIG_NAME} and "
             f"{WEIGHTS_NAME}; pickles are never read."
         ) from error
     assert directory is not None
@@ -133,7 +134,7 @@ def read_index(path: Path, error: type[LoraError] = AdapterError) -> dict[str, s
     Raises:
         LoraError: of the kind ``error``: it is no index, is empty or names files elsewhere.
     """
-    pointers.refuse(path, error)
+    lfs_pointers.refuse(path, error)
     try:
         given = parse_json(read_bytes(path))["weight_map"]
         where = {str(key): str(name) for key, name in given.items()}

@@ -11,32 +11,33 @@ from typing import Any, Literal, overload
 import numpy as np
 import safetensors.numpy
 
-from .. import paths, pointers
-from ..adapter import Adapters, Entry
-from ..buffers import apart
-from ..config import LoraConfig
-from ..errors import AdapterError, raise_all
-from ..files import claimed
-from ..intake import read_bytes
-from ..naming import Names
+from ..core import paths
+from ..core.adapter import Adapters, Entry
+from ..core.buffers import apart
+from ..core.config.lora_config import LoraConfig
+from ..core.errors import AdapterError, raise_all
+from ..core.io import lfs_pointers
+from ..core.io.atomic_files import claimed
+from ..core.io.intake import read_bytes
 from ..rewrite import Plan
 from . import (
-    carried,
+    base_weights,
     config_json,
-    families,
+    config_names,
+    file_view,
     implied,
-    renaming,
+    renamed_families,
     shards,
-    spelling,
+    spellings,
     tensors,
     tying,
-    views,
 )
+from .checks import LoadReport
 from .config_json import AdapterFile
 from .download import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, located
-from .ranges import without_ranges
-from .slots import is_held, slots
-from .strict import LoadReport
+from .keys import is_held, slots
+from .names.naming import Names
+from .shapes.column_ranges import without_ranges
 
 
 def save_pretrained(
@@ -61,9 +62,10 @@ def save_pretrained(
         adapters: what is saved.
         base_model: the base model's name or directory, recorded for users of the file.
         task_type: PEFT's task type, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``.
-        names: the PyTorch module of a path, as a table or a function (see ``lora_jax.naming``);
-            by default the path without its leaf. Where they rename, the saved configuration is
-            in PyTorch's names, each module's rank and alpha resolved before.
+        names: the PyTorch module of a path, as a table or a function (see
+            ``lora_jax.peft.names.naming``); by default the path without its leaf. Where they
+            rename, the saved configuration is in PyTorch's names, each module's rank and alpha
+            resolved before.
         overwrite: replace the files of an earlier adapter; nothing else is touched.
 
     Returns:
@@ -93,8 +95,8 @@ def encoded(
     """Return the files that ``save_pretrained`` writes, by name; see there."""
     tensors.raise_misfits(plan, adapters)
     plan, adapters = without_ranges(plan, adapters)
-    plan, adapters, names = views.to_file(plan, adapters, names)
-    to_torch, config = renaming.file_names(plan, names), renaming.in_torch(plan, names)
+    plan, adapters, names = file_view.to_file(plan, adapters, names)
+    to_torch, config = config_names.file_names(plan, names), config_names.in_torch(plan, names)
     tying.check(plan, config, to_torch)
     contents = tensors.encode(plan, adapters, to_torch.__getitem__)
     contents |= tying.copies(plan, config, to_torch, contents)
@@ -188,21 +190,21 @@ def load_pretrained(
     if not plan.of_changed_base and (problem := tensors.changed_base(config)):
         raise AdapterError(f"{directory}: {problem}")
     contents = read_weights(directory)
-    to_torch = renaming.file_names(plan, names)
+    to_torch = config_names.file_names(plan, names)
     if names is paths.module_of:
         names = _names_of_family(contents, to_torch.values(), directory, whole=True) or names
-        to_torch = renaming.file_names(plan, names)
+        to_torch = config_names.file_names(plan, names)
     tying.check(plan, config, to_torch)
     contents = tying.without_copies(plan, config, to_torch, contents)
-    renaming.refuse_hanging(config, contents)
+    config_names.refuse_hanging(config, contents)
     to_file = names
-    view, names, back = views.from_file(plan, names, config, contents)
-    in_view = renaming.file_names(view, names).__getitem__
+    view, names, back = file_view.from_file(plan, names, config, contents)
+    in_view = config_names.file_names(view, names).__getitem__
     expected = [slot.key for slot in slots(view, in_view)]
-    contents, base, unlike_base = carried.taken(plan, to_file, contents, expected)
+    contents, base, unlike_base = base_weights.taken(plan, to_file, contents, expected)
     adapters, unfit = tensors.decode_what_fits(view, contents, in_view)
-    unlike = renaming.differing(view, config, names)
-    same = renaming.fitting(view, config, names) | view.full.keys()
+    unlike = config_names.differing(view, config, names)
+    same = config_names.fitting(view, config, names) | view.full.keys()
     fit, unjoined = back({path: one for path, one in adapters.items() if path in same})
     problems = unlike + unfit + unjoined + list(unlike_base.values())
     fit = {path: one for path, one in fit.items() if path not in unlike_base} | base
@@ -253,7 +255,7 @@ def with_base_weights(
     if names is paths.module_of:
         own = {paths.module_of(leaf.path) for leaf in plan.leaves}
         names = _names_of_family(contents, own, directory) or names
-    return apart(carried.put(plan, names, contents, params), params)
+    return apart(base_weights.put(plan, names, contents, params), params)
 
 
 def load_config(
@@ -293,14 +295,14 @@ def load_config(
     tensors = read_weights(found)
     config = implied.with_heads(file, tensors).config
     if untargeted:
-        config = renaming.targeting(config, tensors)
+        config = config_names.targeting(config, tensors)
     if names is paths.module_of:
         own = () if params is None else {paths.module_of(path) for path in paths.flatten(params)}
         family = _names_of_family(tensors, own, found) if own else None
         if family is None:
             return config
         names = family
-    return renaming.in_jax(config, tensors, names, params)
+    return config_names.in_jax(config, tensors, names, params)
 
 
 def load_adapter_file(directory: str | Path, *, subfolder: str | None = None) -> AdapterFile:
@@ -310,7 +312,7 @@ def load_adapter_file(directory: str | Path, *, subfolder: str | None = None) ->
         AdapterError: as ``load_config``.
     """
     path = located(directory, CONFIG_NAME, subfolder=subfolder) / CONFIG_NAME
-    pointers.refuse(path, AdapterError)
+    lfs_pointers.refuse(path, AdapterError)
     try:
         content = read_bytes(path)
     except OSError as error:
@@ -327,15 +329,15 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     Raises:
         AdapterError: a file is missing, broken, or a pickle; or several tensors mean the same.
     """
-    return spelling.plain(shards.read(directory), directory)
+    return spellings.plain(shards.read(directory), directory)
 
 
 def _names_of_family(
     tensors: Iterable[str], modules: Collection[str], origin: object, *, whole: bool = False
 ) -> Callable[[str], str] | None:
     """Return the names in the file where they are a known family's others, and warn of it."""
-    file = families.modules_of(tensors)
-    if (found := families.find(file, modules, whole=whole)) is None:
+    file = renamed_families.modules_of(tensors)
+    if (found := renamed_families.find(file, modules, whole=whole)) is None:
         return None
     warnings.warn(f"{origin}: {found.told(file)}", stacklevel=3)
     return found.of_path

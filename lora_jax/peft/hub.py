@@ -10,16 +10,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .. import assets, paths, waiting
-from ..adapter import Adapters
-from ..config import LoraConfig
-from ..errors import AssetError, OutputError
-from ..naming import Names
+from ..core import paths
+from ..core.adapter import Adapters
+from ..core.config.lora_config import LoraConfig
+from ..core.errors import AssetError, OutputError
+from ..core.io import hub_endpoint, network
+from ..core.io.network import bytes_in, failure, within
+from ..core.shown_text import escaped, in_markdown
 from ..rewrite import Plan
-from ..shown import escaped, in_markdown
-from ..waiting import bytes_in, failure, within
 from .download import MISSING_HUB
 from .files import load_config, save_pretrained
+from .names.naming import Names
 
 CARD_NAME = "README.md"
 
@@ -81,19 +82,19 @@ def push_to_hub(
         from huggingface_hub import HfApi
     except ImportError as error:
         raise OutputError(MISSING_HUB) from error
-    where = f"{assets.endpoint()}/{repo_id}"
+    where = f"{hub_endpoint.endpoint()}/{repo_id}"
     if not _HUB_ID.fullmatch(repo_id):
         raise OutputError(f"repo_id: got {repo_id!r}, wanted user/repo")
-    for variable in filter(assets.is_set, assets.OFFLINE):
+    for variable in filter(hub_endpoint.is_set, hub_endpoint.OFFLINE):
         raise OutputError(f"cannot write to {where}: {variable} is set")
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "adapter"
         save_pretrained(
             directory, plan, adapters, base_model=base_model, task_type=task_type, names=names
         )
-        api = HfApi(endpoint=assets.endpoint(), token=token)
+        api = HfApi(endpoint=hub_endpoint.endpoint(), token=token)
         try:
-            assets.probe(assets.endpoint())
+            hub_endpoint.probe(hub_endpoint.endpoint())
             within(lambda: api.create_repo(repo_id, private=private, exist_ok=True), where)
             if card is None and not within(lambda: api.file_exists(repo_id, CARD_NAME), where):
                 card = model_card(
@@ -107,7 +108,7 @@ def push_to_hub(
         # Its failures share no base class, and each means the same here.
         except Exception as error:
             raise OutputError(
-                f"cannot write to {where}: {assets.one_line(failure(error))}"
+                f"cannot write to {where}: {hub_endpoint.one_line(failure(error))}"
             ) from error
 
 
@@ -157,7 +158,7 @@ def _send(api: Any, repo_id: str, directory: Path, message: str) -> str:
             upload,
             f"sending {size:,} bytes to {repo_id}",
             say=_log.warning,
-            limits=waiting.LIMITS.of_sending(size),
+            limits=network.LIMITS.of_sending(size),
         )
     except AssetError as error:
         raise AssetError(f"{error}; look there whether they have arrived") from error

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .. import config as configs
-from .. import paths
+from ..core import paths
+from ..core.config import lora_config as configs
 from .config_json import AdapterFile
-from .slots import PREFIX
+from .keys import PREFIX
 
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),

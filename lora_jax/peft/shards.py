@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from .. import pointers
-from ..errors import AdapterError, raise_all
-from ..intake import problem_of, reason
+from ..core.errors import AdapterError, raise_all
+from ..core.io import lfs_pointers
+from ..core.io.intake import problem_of, reason
+from .checks import header_problem
 from .download import INDEX_NAME, WEIGHTS_NAME, read_index
-from .strict import header_problem
 
 
 def read(directory: Path) -> dict[str, np.ndarray]:
@@ -48,7 +48,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         pickled = os.path.exists(path.parent / "adapter_model.bin")
         hint = " adapter_model.bin is a pickle, which is never read: save it again as safetensors."
         raise AdapterError(f"{path} is missing.{hint if pickled else ''}")
-    pointers.refuse(path, AdapterError)
+    lfs_pointers.refuse(path, AdapterError)
     try:
         if problem := problem or header_problem(path):
             raise ValueError(problem)

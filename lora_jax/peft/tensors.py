@@ -9,15 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import config as configs
-from .. import paths
-from ..adapter import Adapter, Adapters, Entry, Full, Rows
-from ..config import LoraConfig
-from ..errors import AdapterError, raise_all
-from ..initializers import changes_base
+from ..core import paths
+from ..core.adapter import (
+    Adapter,
+    Adapters,
+    Entry,
+    Full,
+    Rows,
+)
+from ..core.config import lora_config as configs
+from ..core.config.lora_config import LoraConfig
+from ..core.errors import AdapterError, raise_all
+from ..core.initializers import changes_base
 from ..rewrite import LeafPlan, Plan
-from .slots import PREFIX, Names, Slot, from_matrices, shapes, slots, to_matrix
-from .spelling import owner
+from .keys import (
+    PREFIX,
+    Names,
+    Slot,
+    from_matrices,
+    shapes,
+    slots,
+    to_matrix,
+)
+from .spellings import owner
 
 
 def encode(plan: Plan, adapters: Adapters, names: Names = paths.module_of) -> dict[str, np.ndarray]:
@@ -215,8 +229,8 @@ def changed_base(config: LoraConfig) -> str | None:
         return None
     return (
         f"init_lora_weights={init!r} changed the base, and a file is for the original one: "
-        "save what lora_jax.inits.relative_to(plan, original, adapters) returns, or the base, "
-        "too, and the adapters with lora_jax.inits.for_changed_base(plan); in PEFT, save with "
+        "save what lora_jax.relative_to(plan, original, adapters) returns, or the base, "
+        "too, and the adapters with lora_jax.for_changed_base(plan); in PEFT, save with "
         "path_initial_model_for_weight_conversion"
     )
 

@@ -25,10 +25,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ..config import LoraConfig
-from ..errors import AdapterError, raise_all
+from ..core.config.lora_config import LoraConfig
+from ..core.errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
-from .slots import PREFIX
+from .keys import PREFIX
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 

@@ -4,22 +4,10 @@ One rule for each primitive, in the modules that are imported first.
 """
 
 # Importing registers the rules.
-from . import (  # noqa: F401
-    calls,
-    choices,
-    complexes,
-    derivatives,
-    lookups,
-    places,
-    products,
-    repeats,
-    shards,
-    structure,
-    sums,
-)
+from . import rules  # noqa: F401
 from .frugality import Frugality, frugality
-from .leaf import LeafPlan
-from .plan import Plan, plan
+from .planning.leaf_plan import LeafPlan
+from .planning.plan import Plan, plan
 from .registry import RULES, Unsupported, rule
 from .transform import lora
 from .weight import LoraWeight

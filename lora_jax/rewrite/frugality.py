@@ -19,13 +19,24 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from .. import lowrank, rows
-from ..adapter import IN, OUT, STACKED, Adapter, Adapters, Rows, check_fit, pick, rank
-from ..contractions import smaller_formed
-from ..errors import PlanError
+from ..core import lowrank
+from ..core import token_rows as rows
+from ..core.adapter import (
+    IN,
+    OUT,
+    STACKED,
+    Adapter,
+    Adapters,
+    Rows,
+    check_fit,
+    pick,
+    rank,
+)
+from ..core.contractions import smaller_formed
+from ..core.errors import PlanError
 from .flops import count
 from .interpret import Record
-from .plan import _survey
+from .planning.plan import _survey
 from .sites import LOOKUP, Site
 from .trace import Traced, trace
 from .transform import apply, reject_unused

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 from jax.extend import core, source_info_util
 
-from .. import alora, lowrank, placing
-from ..adapter import Adapter
-from ..arranging import Size
-from ..errors import PlanError, raise_all
-from ..initializers import fold_in_path
-from . import meshes, siblings
+from ..core import alora, lowrank, sharding
+from ..core.adapter import Adapter
+from ..core.errors import PlanError, raise_all
+from ..core.initializers import fold_in_path
+from ..core.xla.product_layout import Size
+from . import meshes, shared_inputs
 from .registry import RULES, Unsupported
-from .runs import evaluate
+from .replay import evaluate
 from .sites import Place, Site, bias_problem, formed, work
 from .trace import canonical
 from .weight import LoraWeight, is_whole, use, window_axes
@@ -237,7 +237,7 @@ def interpret(
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(canonical, closed.consts), strict=True))
     env |= dict(zip(jaxpr.invars, operands, strict=True))
     weights = {var for var, value in env.items() if isinstance(value, LoraWeight)}
-    steps = siblings.in_order(jaxpr, weights)
+    steps = shared_inputs.in_order(jaxpr, weights)
     last_use = _last_use(jaxpr, steps)
     hidden: dict[int, Any] = {}
     pending: list[core.JaxprEqn] = []
@@ -266,7 +266,7 @@ def interpret(
         if steps[at].siblings:
             found = {n: jaxpr.eqns[n] for n in steps[at].siblings}
             products = {n: (one, *map(read, one.invars)) for n, one in found.items()}
-            hidden |= siblings.share(products, record.sees_all)
+            hidden |= shared_inputs.share(products, record.sees_all)
         call = Call(record, jaxpr, eqn, index, dense_gradient, hidden.pop(index, None))
         outs = _apply(call, [read(v) for v in eqn.invars])
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -319,7 +319,7 @@ def _reason(problem: Exception, operands: Sequence[Any]) -> Unsupported:
 def _typed(call: Call, n: int, out: Any) -> Any:
     """Return an output sharded as the author's is, where types say how."""
     wanted: Any = call.eqn.outvars[n].aval
-    if not placing.is_explicit(getattr(wanted, "sharding", None)):
+    if not sharding.is_explicit(getattr(wanted, "sharding", None)):
         return out
     with meshes.around(call.eqn):
         if not _is_weight(out):
@@ -345,7 +345,7 @@ def _source(call: Call) -> str:
     return next(filter(None, known), "of unknown source")
 
 
-def _last_use(jaxpr: core.Jaxpr, steps: Sequence[siblings.Step]) -> dict[Any, int]:
+def _last_use(jaxpr: core.Jaxpr, steps: Sequence[shared_inputs.Step]) -> dict[Any, int]:
     last: dict[Any, int] = {}
     for at, step in enumerate(steps):
         last |= {v: at for v in step.eqn.invars if not isinstance(v, core.Literal)}

@@ -9,7 +9,7 @@ import jax
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh, reshard
 
-from ..placing import is_explicit
+from ..core.sharding import is_explicit
 
 
 def around(eqn: core.JaxprEqn) -> contextlib.AbstractContextManager[Any]:

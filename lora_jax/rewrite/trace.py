@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from .. import paths
-from ..calling import is_array
+from ..core import paths
+from .signature import is_array
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import calling, changes, paths, rows
-from ..adapter import Adapter, Adapters, Full, Rows, check_fit
-from ..alora import check_active, masked
-from ..errors import AdapterError, raise_all
+from ..core import delta, paths, token_rows
+from ..core.adapter import (
+    Adapter,
+    Adapters,
+    Full,
+    Rows,
+    check_fit,
+)
+from ..core.alora import check_active, masked
+from ..core.errors import AdapterError, raise_all
+from . import signature
 from .interpret import Record, interpret
-from .made import Alone
+from .origins import Alone
 from .sites import formed
 from .trace import Traced, trace
 from .weight import LoraWeight, enter
@@ -53,10 +60,10 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> bool((lora(fn)(params, adapters, x) == fn(params, x)).all())
     True
     """
-    taken = calling.names_of(fn)
+    taken = signature.names_of(fn)
 
     def adapted(*given: Any, **named: Any) -> Any:
-        params, adapters, args, kwargs, keywords = calling.arguments(given, named, taken)
+        params, adapters, args, kwargs, keywords = signature.arguments(given, named, taken)
         dropout_key, active = keywords["dropout_key"], keywords["active"]
         if "active" in taken and not masked(adapters):
             active = None
@@ -68,7 +75,7 @@ def lora(fn: Callable[..., Any]) -> Callable[..., Any]:
         reject_unused(record, adapters)
         return traced.rebuild(outs)
 
-    return calling.with_signature(adapted, fn)
+    return signature.with_signature(adapted, fn)
 
 
 def apply(record: Record, traced: Traced, operands: Sequence[Any], adapters: Adapters) -> list[Any]:
@@ -92,9 +99,9 @@ def run_adapted(
         if isinstance(whole, Full):
             values[place] = whole.value
         elif isinstance(whole, Rows):
-            values[place] = enter(path, base, rows.pair(base, whole))
+            values[place] = enter(path, base, token_rows.pair(base, whole))
         elif path in parts:
-            values[place] = enter(path, base, changes.joined(parts[path], base.shape))
+            values[place] = enter(path, base, delta.joined(parts[path], base.shape))
     record.alone = Alone(traced)
     outs = interpret(record, traced.closed, values)
     outs = [formed(record, out, (-1 - n,)) for n, out in enumerate(outs)]

@@ -19,8 +19,18 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from .. import changes, lowrank, placing
-from ..adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
+from ..core import delta, lowrank, sharding
+from ..core.adapter import (
+    IN,
+    OUT,
+    STACKED,
+    Adapter,
+    a_shape,
+    b_shape,
+    is_number,
+    pick,
+    pytree,
+)
 from .registry import Unsupported
 
 Label = tuple[int, int]
@@ -156,10 +166,10 @@ def enter(path: str, base: Any, adapter: Adapter | None = None) -> LoraWeight:
         tuple(base.shape),
         adapter.masked,
     )
-    adapter, gain = placing.whole(adapter, base), changes.gain(base, adapter)
-    if gain is not None and placing.is_explicit(kind := jax.typeof(gain).sharding):
-        gain = placing.along(gain, tuple(kind.spec)[: adapter.axes.count(STACKED)])
-    bias = changes.scaled_bias(adapter)
+    adapter, gain = sharding.whole(adapter, base), delta.gain(base, adapter)
+    if gain is not None and sharding.is_explicit(kind := jax.typeof(gain).sharding):
+        gain = sharding.along(gain, tuple(kind.spec)[: adapter.axes.count(STACKED)])
+    bias = delta.scaled_bias(adapter)
     a, b, scale = adapter.a, adapter.b, adapter.scale
     turned = jnp.issubdtype(a.dtype, jnp.complexfloating)
     return LoraWeight(base, a, b, origin, frozenset(), (leaf,), scale, gain, bias, turned)
@@ -315,14 +325,14 @@ def with_letters(weight: LoraWeight, letters: str) -> LoraWeight:
 def change(weight: LoraWeight, a: Any, b: Any) -> Any:
     """Return ``s·A·B`` in the shape of ``weight.base``, for these A and B."""
     adapter = adapter_at(replace(weight, a=a, b=b))
-    return changes.delta(adapter)
+    return delta.delta(adapter)
 
 
 def dense(weight: LoraWeight) -> Any:
     """Return ``W + s·A·B`` in the shape of ``weight.base``, with DoRA's gain if it has one."""
-    change = changes.delta(adapter_at(weight))
+    change = delta.delta(adapter_at(weight))
     wide = weight.base.astype(lowrank.wider(weight.base.dtype, change.dtype))
-    whole = changes.with_gain(lowrank.add(wide, change), *gain_at(weight))
+    whole = delta.with_gain(lowrank.add(wide, change), *gain_at(weight))
     return whole.astype(weight.base.dtype)
 
 

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from .. import __version__, pointers
-from ..assets import resolve_model
-from ..config import LoraConfig
-from ..errors import AdapterError
-from ..intake import parse_json, read_bytes, reason
-from ..journal import settle
+from .. import __version__
+from ..core.config.lora_config import LoraConfig
+from ..core.errors import AdapterError
+from ..core.io import lfs_pointers
+from ..core.io.intake import parse_json, read_bytes, reason
+from ..core.io.journal import settle
+from ..core.shown_text import shortened
 from ..models import from_pretrained
+from ..models.assets import resolve_model
 from ..models.bert import BertConfig
 from ..rewrite import Plan, plan
-from ..shown import shortened
 from .data import Tokens, encode, load_tokenizer
-from .limits import TOKENS, check_length
+from .option_limits import TOKENS, check_length
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -146,7 +147,7 @@ def read_record(directory: str | Path) -> Record:
         AdapterError: it is missing, unreadable or lacks a field.
     """
     path = settle(Path(directory), AdapterError) / RECORD_NAME
-    pointers.refuse(path, AdapterError)
+    lfs_pointers.refuse(path, AdapterError)
     try:
         fields = parse_json(read_bytes(path))
         return _record(fields["base_model"], fields["classes"], fields["max_length"])

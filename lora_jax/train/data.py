@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
-from .. import pointers
-from ..errors import AssetError, DataError, raise_all
-from ..intake import read_bytes
-from ..packing import token_places
+from ..core.errors import AssetError, DataError, raise_all
+from ..core.io import lfs_pointers
+from ..core.io.intake import read_bytes
+from ..models.packing import token_places
 from .texts import first_rows, taken
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Tokens:
 class Batch(NamedTuple):
     """Rows of one training step; ``weights`` is 0 for the rows that only fill the batch.
 
-    ``places`` says where the tokens are, see ``lora_jax.packing``; None computes padding
+    ``places`` says where the tokens are, see ``lora_jax.models.packing``; None computes padding
     too. A tuple, because ``jax.tree.map`` puts other things than arrays where the arrays are.
     """
 
@@ -142,7 +142,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except ImportError as error:
         raise AssetError('tokenizers is not installed: pip install "lora_jax[train]"') from error
     path = Path(directory) / "tokenizer.json"
-    pointers.refuse(path, AssetError)
+    lfs_pointers.refuse(path, AssetError)
     try:
         tokenizer = Tokenizer.from_str(read_bytes(path).decode("utf-8"))
     except OSError as error:

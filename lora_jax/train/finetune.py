@@ -13,19 +13,24 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from .. import signals
-from ..adapter import Adapters
-from ..assets import SMS_SPAM, fetch
-from ..config import ALL_LINEAR, LoraConfig
-from ..errors import ConfigError, DataError, TrainingError, raise_all
-from ..files import Output, claimed
+from ..core.adapter import Adapters
+from ..core.config.lora_config import ALL_LINEAR, LoraConfig
+from ..core.errors import (
+    ConfigError,
+    DataError,
+    TrainingError,
+    raise_all,
+)
+from ..core.extras import require
+from ..core.io import signals
+from ..core.io.atomic_files import Output, claimed
+from ..models.assets import SMS_SPAM, fetch
 from ..peft.files import WEIGHTS_NAME, encoded
 from ..rewrite import Plan, lora
-from . import data, limits, reading
+from . import data, option_limits, reading
 from .classifier import RECORD_NAME, Classifier, Record, encode_record, load_classifier
+from .curves import append, curves, plain
 from .data import TextData
-from .extras import require
-from .limits import Range
 from .loop import (
     EpochEvent,
     Event,
@@ -37,7 +42,7 @@ from .loop import (
     fit,
     score_rows,
 )
-from .report import append, curves, plain
+from .option_limits import Range
 from .saving import Saver
 from .step import Evaluate, make_evaluate, make_step, optimizer, schedule, start
 
@@ -259,8 +264,8 @@ def _prepare(
     )
     train, validation, test = (Rows(classifier.encode(p.texts), p.labels) for p in parts)
     plan = classifier.plan(config, options.batch_size)
-    steps = [Range("steps of all epochs", loop.steps(train), 1, limits.STEPS)]
-    raise_all(ConfigError, "these options are out of range", limits.problems(steps))
+    steps = [Range("steps of all epochs", loop.steps(train), 1, option_limits.STEPS)]
+    raise_all(ConfigError, "these options are out of range", option_limits.problems(steps))
     rate = schedule(options.learning_rate, total_steps=loop.steps(train))
     return _Job(
         options=options,
@@ -278,17 +283,17 @@ def _prepare(
 
 def _check(options: FinetuneOptions) -> tuple[LoraConfig, LoopOptions]:
     require("matplotlib", "tokenizers")
-    problems = limits.problems(
+    problems = option_limits.problems(
         [
-            Range("learning_rate", options.learning_rate, 0, limits.RATE, above=True),
-            Range("weight_decay", options.weight_decay, 0, limits.RATE),
-            Range("lora_alpha", options.lora_alpha, -limits.RATE, limits.RATE),
-            Range("epochs", options.epochs, 1, limits.EPOCHS),
-            Range("seed", options.seed, 0, limits.SEED),
-            Range("split_seed", options.split_seed, 0, limits.SEED),
+            Range("learning_rate", options.learning_rate, 0, option_limits.RATE, above=True),
+            Range("weight_decay", options.weight_decay, 0, option_limits.RATE),
+            Range("lora_alpha", options.lora_alpha, -option_limits.RATE, option_limits.RATE),
+            Range("epochs", options.epochs, 1, option_limits.EPOCHS),
+            Range("seed", options.seed, 0, option_limits.SEED),
+            Range("split_seed", options.split_seed, 0, option_limits.SEED),
         ]
     )
-    problems += limits.step_problems(options.batch_size, options.max_length)
+    problems += option_limits.step_problems(options.batch_size, options.max_length)
     if options.limit is not None and options.limit < FEWEST:
         problems.append(f"limit: got {options.limit}, wanted at least {FEWEST} texts to split")
     if not options.target_modules:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from .. import signals
-from ..adapter import Adapters
-from ..errors import ConfigError, TrainingError, raise_all
+from ..core.adapter import Adapters
+from ..core.errors import ConfigError, TrainingError, raise_all
+from ..core.io import signals
 from .data import Tokens, batches
 from .step import Evaluate, State, Step
 

@@ -10,25 +10,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ..adapter import Adapters
-from ..assets import refuse_other_layout
-from ..errors import (
+from ..adapters.merge import merge
+from ..core.adapter import Adapters
+from ..core.errors import (
     ConfigError,
     DataError,
     OutputError,
     TrainingError,
     raise_all,
 )
-from ..files import claimed
-from ..merging import merge
+from ..core.io.atomic_files import claimed
+from ..core.shown_text import shortened
 from ..models import model_files
+from ..models.assets import refuse_other_layout
 from ..peft import load_config, load_pretrained
 from ..rewrite import lora
-from ..shown import shortened
-from . import limits
+from . import option_limits
 from .classifier import Classifier, load_classifier, read_record
 from .data import batches
-from .limits import Range, step_problems
+from .option_limits import Range, step_problems
 from .reading import SURROGATE
 
 Note = Callable[[str], None]
@@ -77,7 +77,7 @@ def predict(
     raise_all(DataError, "these texts cannot be read", problems)
     size = min(batch_size, len(texts))
     record = read_record(directory)
-    found = limits.problems([Range("batch_size", batch_size, 1, limits.TOKENS)])
+    found = option_limits.problems([Range("batch_size", batch_size, 1, option_limits.TOKENS)])
     found += [] if found else step_problems(size, record.max_length)
     raise_all(ConfigError, "these options are out of range", found)
     classifier, adapters = _load(directory, model, size, cache, note)

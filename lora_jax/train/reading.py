@@ -15,10 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import pointers
-from ..errors import DataError, raise_all
-from ..intake import MIB, open_regular, parse_json, reason
-from ..shown import SHOWN, shortened
+from ..core.errors import DataError, raise_all
+from ..core.io import lfs_pointers
+from ..core.io.intake import (
+    MIB,
+    open_regular,
+    parse_json,
+    reason,
+)
+from ..core.shown_text import SHOWN, shortened
 from .data import TextData
 from .texts import Texts, encoded
 
@@ -237,7 +242,7 @@ def _check_columns(path: str | Path, header: Sequence[str], columns: Sequence[st
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Iterator[str]]:
     """Give the lines of a file, each with what ends it."""
-    pointers.refuse(Path(path), DataError)
+    lfs_pointers.refuse(Path(path), DataError)
     try:
         with open_regular(path) as stream:
             yield _lines(path, stream)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
-from ..files import Output
+from ..core.errors import OutputError
+from ..core.io.atomic_files import Output
+from .curves import append, to_json
 from .loop import Event
-from .report import append, to_json
 
 METRICS_NAME, CURVES_NAME = "metrics.jsonl", "curves.png"
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..adapter import Adapters
+from ..core.adapter import Adapters
 from .data import Batch
 
 # apply(params, adapters, *batch.inputs) -> logits

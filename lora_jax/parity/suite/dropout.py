@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import lora_oracle
-from ..cases import ALPHA, SHAPES, random_case
-from ..checks import Check
-from ..lora_oracle import Case
-from ..names import Tensors
+from ..reports.checks import Check
+from ..tensors import Tensors
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, Vacuous, judge
+from . import lora_oracle
+from .cases import ALPHA, SHAPES, random_case
+from .lora_oracle import Case
 
 RATE = 0.3
 SHAPE = SHAPES[1]

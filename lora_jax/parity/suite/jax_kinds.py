@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import lora
-from ...adapter import Adapter
-from ..names import Tensors
+from ...core.adapter import Adapter
+from ..tensors import Tensors
 from .kinds import KINDS, Drawn, Kind, geometry, gradients
 
 

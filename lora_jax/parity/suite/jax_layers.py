@@ -13,9 +13,9 @@ from flax import nnx
 
 from ... import linen, lora
 from ... import nnx as lora_nnx
-from ...adapter import Adapter
-from ..lora_oracle import Case
-from ..names import Tensors
+from ...core.adapter import Adapter
+from ..tensors import Tensors
+from .lora_oracle import Case
 
 Side = Callable[..., Tensors]
 
@@ -102,7 +102,7 @@ def lora_linear(features: int, config: Any, base: str, low_rank: str) -> Callabl
 
 def rewritten(features: int, config: Any, base: str, low_rank: str) -> Callable[..., Any]:
     """Build a plain function of a dict under the rewriter."""
-    from ...config import LoraConfig, scale
+    from ...core.config.lora_config import LoraConfig, scale
 
     def fn(params: Any, x: Any) -> Any:
         return x @ params["kernel"] + params["bias"]

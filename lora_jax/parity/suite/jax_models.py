@@ -14,10 +14,10 @@ import numpy as np
 
 from ... import Full, LoraConfig, lora, plan
 from ...peft.tensors import encode
-from ...torch import from_torch
-from .. import jax_side
-from ..names import Tensors
-from ..wide_torch import widened
+from ...torch.from_torch import from_torch
+from ..sides import jax_side
+from ..sides.wide_torch import widened
+from ..tensors import Tensors
 from .torch_models import DEEP_LLAMA, MODELS, Model
 
 

@@ -8,11 +8,11 @@ from functools import partial
 
 import numpy as np
 
-from .. import lowering
-from ..checks import Check
-from ..lowering import Lowered
+from ..reports.checks import Check
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, Vacuous, judge
+from . import lowering
 from .kinds import KINDS, Drawn, exact_draw, random_draw
+from .lowering import Lowered
 
 DTYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
 NEEDS = {"peft": ("torch", "peft", "transformers"), "reference": ("torch",), "formula": ("torch",)}

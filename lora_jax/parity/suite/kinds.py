@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..lora_oracle import Case
-from ..lowering import Lowered, gathered, windows
-from ..names import Tensors
+from ..tensors import Tensors
+from .lora_oracle import Case
+from .lowering import Lowered, gathered, windows
 
 ALPHA = 16
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from .. import lora_oracle
-from ..cases import ALPHA, SHAPES, exact_case, random_case
-from ..checks import Check
+from ..reports.checks import Check
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, judge
+from . import lora_oracle
+from .cases import (
+    ALPHA,
+    SHAPES,
+    exact_case,
+    random_case,
+)
 from .jax_layers import JAX_SIDES
 
 THEIRS = ("reference", "peft")

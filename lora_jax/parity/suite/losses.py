@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Check
-from ..loss_oracle import IGNORED, cross_entropy, mean_squared
-from ..names import Tensors
+from ..reports.checks import Check
+from ..tensors import Tensors
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, judge
+from .loss_oracle import IGNORED, cross_entropy, mean_squared
 
 # V is below 100, so that a label of −100 would not be an index even from the end.
 ROWS, V = 23, 37
@@ -59,7 +59,7 @@ def through_from_torch(smoothing: float) -> Callable[..., Any]:
     """Return PyTorch's own, run by JAX, as a model with labels has it."""
     import torch
 
-    from ...torch import from_torch
+    from ...torch.from_torch import from_torch
 
     fn, params = from_torch(torch.nn.CrossEntropyLoss(label_smoothing=smoothing))
     return partial(fn, params)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Check
+from ..reports.checks import Check
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, Vacuous, judge
 
 NEEDS = ("torch", "peft")
@@ -85,7 +85,7 @@ def _pefts(
     import peft
     import torch
 
-    from ..torch_side import to_numpy, to_torch
+    from ..sides.torch_side import to_numpy, to_torch
 
     linear = torch.nn.Linear(IN, OUT, bias=False, dtype=getattr(torch, dtype))
     with torch.no_grad():

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from .. import guards
-from ..checks import Check
-from ..names import Tensors
+from ..reports.checks import Check
+from ..tensors import Tensors
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, Vacuous, judge
 
 NEEDS = ("torch", "peft", "transformers", "torchax")
@@ -114,7 +114,7 @@ def _key(seed: int) -> Any:
 @functools.cache
 def _theirs(name: str, seed: int) -> tuple[Tensors, Tensors]:
     """Return what PEFT computes with our adapters, in float32 and in float64."""
-    from ..wide_torch import widened
+    from ..sides.wide_torch import widened
     from . import torch_models
 
     given, model = _given(name, seed)[0], _peft(name, seed)
@@ -134,8 +134,8 @@ def _peft(name: str, seed: int) -> Any:
 
 
 def _narrow_in_torch(name: str, seed: int) -> list[str]:
-    from .. import torch_side
-    from ..wide_torch import widened
+    from ..sides import torch_side
+    from ..sides.wide_torch import widened
 
     model = widened(_peft(name, seed))
     return torch_side.islands(

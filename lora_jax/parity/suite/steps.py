@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import lora_oracle
-from ..cases import random_case
-from ..checks import Check
-from ..names import Tensors
-from ..stepping import optimizer_step
-from ..trajectories import Trajectory, trajectory
+from ..reports.checks import Check
+from ..tensors import Tensors
+from ..training.stepping import optimizer_step
+from ..training.trajectories import Trajectory, trajectory
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, judge
+from . import lora_oracle
+from .cases import random_case
 
 SHAPE = (9, 33, 6, 5)
 STEPS = 10
@@ -66,7 +66,7 @@ class Recipe:
         """Return what ``like_torch`` makes of all this."""
         import torch
 
-        from .. import like_torch
+        from ..training import like_torch
 
         rate = None
         if self.warmup is not None:
@@ -192,7 +192,7 @@ def scheduled(name: str) -> tuple[Any, Any]:
 
 def schedule_check(name: str, seed: int) -> Iterator[TensorVerdict]:
     """Hold a schedule to PyTorch's scheduler over 15 steps, and both to its definition."""
-    from ..like_torch import optax_schedule_like_torch
+    from ..training.like_torch import optax_schedule_like_torch
 
     sgd, scheduler = scheduled(name)
     ours, theirs = optax_schedule_like_torch(scheduler), []
@@ -226,9 +226,9 @@ def lora_trajectory(
     """
     import torch
 
-    from ..like_torch import optax_like_torch
-    from ..runs import jax_run
-    from ..torch_runs import torch_run
+    from ..training.jax_runs import jax_run
+    from ..training.like_torch import optax_like_torch
+    from ..training.torch_runs import torch_run
 
     trained, frozen, batches = _network(seed)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..names import Tensors
+from ..tensors import Tensors
 from .kinds import ALPHA, Drawn, geometry, gradients
 
 

@@ -10,8 +10,8 @@ import torch
 
 from lora_torch_ref import LinearWithLoRA
 
-from ..lora_oracle import Case
-from ..names import Tensors
+from ..tensors import Tensors
+from .lora_oracle import Case
 
 
 def side(build: Callable[..., Any]) -> Callable[..., Tensors]:

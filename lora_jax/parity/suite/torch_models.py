@@ -13,7 +13,7 @@ import peft
 import torch
 import transformers
 
-from ..names import Tensors
+from ..tensors import Tensors
 
 B, T, V, D, F, H, L = 2, 7, 41, 21, 37, 3, 2
 IDS = np.random.default_rng(0).integers(0, V, (B, T))

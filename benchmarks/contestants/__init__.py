@@ -1,0 +1,1 @@
+"""The layer with LoRA by everybody who competes."""

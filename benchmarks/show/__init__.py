@@ -1,0 +1,1 @@
+"""Showing figures: tables, plots, one page of HTML, ``RESULTS.md``."""

@@ -1,0 +1,1 @@
+"""Tests of the benchmarks; no test waits for a clock."""

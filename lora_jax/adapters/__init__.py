@@ -1,0 +1,1 @@
+"""What is done to adapters outside a step: merge, combine, resize, extract, stack, init."""

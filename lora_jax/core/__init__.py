@@ -1,0 +1,1 @@
+"""What everything stands on: adapters, their paths, the low-rank maths, files, errors."""

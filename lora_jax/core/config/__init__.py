@@ -1,0 +1,1 @@
+"""``LoraConfig``, and what may be wrong with one."""

@@ -1,0 +1,1 @@
+"""Files, locks, signals, networks and texts of strangers: what may fail beside the maths."""

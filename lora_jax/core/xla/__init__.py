@@ -1,0 +1,1 @@
+"""How products are written so that XLA neither widens nor transposes what is large."""

@@ -1,7 +1,0 @@
-"""Initialisations that read the weight, the data or the gradient; see ``initialise``."""
-
-from .initialise import initialise
-from .ranks import eva_ranks
-from .relative import for_changed_base, relative_to
-
-__all__ = ["eva_ranks", "for_changed_base", "initialise", "relative_to"]

@@ -1,0 +1,1 @@
+"""Taps inside two models, and where they part."""

@@ -1,0 +1,1 @@
+"""Steps and runs of both frameworks beside each other."""

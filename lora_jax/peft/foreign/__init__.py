@@ -1,0 +1,1 @@
+"""Adapter files of other programs and times, read as PEFT's."""

@@ -1,0 +1,1 @@
+"""Weights that PEFT's file holds in another shape: fused, experts, attention."""

@@ -1,0 +1,1 @@
+"""``plan``: which parameters a configuration means, and what the rewriter will do to each."""

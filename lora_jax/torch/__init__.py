@@ -1,0 +1,5 @@
+"""PyTorch models as JAX functions, so that LoRA fits them under their own names."""
+
+from .from_torch import from_torch
+
+__all__ = ["from_torch"]
