@@ -4,8 +4,8 @@ The parity checks have a gate of their own (``lora_jax.parity.mutants.gate``); t
 project's tests. Each bug is one line that a user would feel. Its test runs in a process of its own
 on a copy of the project with that line changed. As every process would otherwise import JAX,
 PyTorch and PEFT for seconds, one server imports them and forks; the project itself is imported
-after the fork. ``python -m parity_tests.mutants.planted NAME …`` runs some by hand, and ``--clean 200`` the
-tests alone, so many times, each round with another seed: nothing may fail.
+after the fork. ``python -m parity_tests.mutants.planted NAME …`` runs some by hand, and
+``--clean 200`` the tests alone, so many times, each round with another seed: nothing may fail.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ THIRD = (
         (
             "adapters of different dtypes are not brought together in a sum",
             "rewrite/weight_moves.py",
-            "_alike(list(weights), base.dtype)",
+            "alike(list(weights), base.dtype)",
             "list(weights)",
             "laws/test_complex.py::test_merging_holds_for_every_complex_use",
         ),

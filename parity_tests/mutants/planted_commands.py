@@ -138,7 +138,7 @@ COMMANDS = rows(
     ),
     (
         "the sentences of a report in Markdown are markup",
-        "parity/reports/report.py",
+        "parity/reports/markdown.py",
         "*map(_in_table, sentences(report))",
         "*sentences(report)",
         "cli/test_markup.py::test_a_report_in_markdown_shows_names_as_they_are",

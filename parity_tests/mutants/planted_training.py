@@ -70,8 +70,8 @@ FINETUNE = rows(
     (
         "the limit takes the first texts",
         "train/finetune.py",
-        "rows = order[: options.limit]",
-        "rows = np.arange(options.limit)",
+        "data.take(texts, order[: options.limit])",
+        "data.take(texts, np.arange(options.limit))",
         "train/test_finetune_options.py::test_the_limit_is_the_number_of_texts",
     ),
     (
@@ -83,9 +83,9 @@ FINETUNE = rows(
     ),
     (
         "the label of a text's last row counts",
-        "train/data.py",
-        "first.setdefault(text, i)",
-        "first[text] = i",
+        "train/texts.py",
+        "first[order] = np.repeat(order[begin], np.diff(begin, append=n))",
+        "first[order] = np.repeat(order[np.append(begin[1:], n) - 1], np.diff(begin, append=n))",
         "train/test_finetune_options.py::test_balance_cuts_the_larger_class",
     ),
     (
@@ -168,8 +168,8 @@ FINETUNE = rows(
     (
         "classes are in the order of the table",
         "train/reading.py",
-        "tuple(sorted(labels.index))",
-        "tuple(labels.index)",
+        "tuple(sorted(rows.index))",
+        "tuple(rows.index)",
         "train/test_finetune_options.py::test_columns_are_named_and_nothing_else_follows",
     ),
     (

@@ -96,7 +96,7 @@ def test_every_planted_bug_is_found(area, server):
 
 @pytest.mark.slow
 def test_no_test_raises_a_false_alarm_with_other_draws():
-    """A share of what ``python -m parity_tests.mutants.planted --clean 200`` runs, in three rounds."""
+    """A share of what ``python -m parity_tests.mutants.planted --clean 200`` runs, three rounds."""
     share = PLANTED[::12]
     fates = clean(share, 3 * len(distinct(share)))
     assert {f"seed {seed}" for seed in range(3)} == {f.name.rpartition(", ")[2] for f in fates}

@@ -330,17 +330,16 @@ with tiny random configurations, read through `from_torch`, against PEFT {versio
 
 A cell is "yes" if an adapter of PEFT's, drawn at random, gives PEFT's loss, logits and gradients
 here; if, written by us, PEFT loads it to the same tensors; and if writing it twice gives the same
-bytes. Numbers are held to the rule of `parity_tests/parity/oracle.py` with a float64 run of PEFT
-as the truth. Empty cells make no sense for the family. With tied embeddings the truth is PEFT's
-merged model: unmerged, PEFT leaves the output head as it was. With `ensure_weight_tying` and a
-pair it is that without the field, since PEFT merges such a pair twice. "outputs" is a cell whose gradients are
+bytes. Numbers are held to the rule of `parity_tests/parity/oracle.py` with a float64 run of PEFT as
+the truth. Empty cells make no sense for the family. With tied embeddings the truth is PEFT's merged
+model: unmerged, PEFT leaves the output head as it was. With `ensure_weight_tying` and a pair it is
+that without the field, since PEFT merges such a pair twice. "outputs" is a cell whose gradients are
 not compared: torchax gives a row of padding a derivative of its own, and PEFT gives one to A alone.
 "formula" is one in which PEFT is wrong, so that the truth is its base model with `W + s·B·A` in the
 place of every adapted weight: it hands a convolution's `dilation` and `padding_mode` on to no A.
-Every adapter is away from where it starts.
-"mha" has `nn.MultiheadAttention`: PEFT adds the change of its `out_proj` twice, merged or not, and
-differentiates one of the two. Its files are read as PEFT computes them, and its gradients are
-compared with that one's.
+Every adapter is away from where it starts. "mha" has `nn.MultiheadAttention`: PEFT adds the change
+of its `out_proj` twice, merged or not, and differentiates one of the two. Its files are read as
+PEFT computes them, and its gradients are compared with that one's.
 """
 
 
