@@ -71,7 +71,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(network, "LIMITS", QUICK)
     # The threads that are left behind outlive the test, and would write into others.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    monkeypatch.setattr(assets, "_PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(hub_endpoint, "_PROBE_SECONDS", 0.3)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd)
     server.daemon_threads, server.over = True, threading.Event()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")

@@ -19,10 +19,7 @@ from lora_jax.train.classifier import read_record
 from lora_jax.train.data import load_tokenizer
 from lora_jax.train.reading import read_texts
 from parity_tests.models.test_bert import tiny_config
-from parity_tests.peft.test_hub import (
-    REPO,
-    assert_same,
-)  # noqa: F401
+from parity_tests.peft.test_hub import REPO, assert_same, hub, surroundings  # noqa: F401
 from parity_tests.peft.test_strict_files import (
     CONFIG,
     WEIGHTS,

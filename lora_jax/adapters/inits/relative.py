@@ -46,14 +46,15 @@ def relative_to(
     Source: PEFT 0.21.2 ``path_initial_model_for_weight_conversion``.
 
     >>> import jax
-    >>> from lora_jax import LoraConfig, changes, lowrank, plan as make_plan
+    >>> from lora_jax import LoraConfig, plan as make_plan
     >>> from lora_jax.adapters.inits import initialise
+    >>> from lora_jax.core import delta
     >>> params, x = {"w": jnp.eye(4, 3)}, jnp.ones((2, 4))
     >>> config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["w"])
     >>> found = make_plan(lambda p, x: x @ p["w"], params, config, x)
     >>> changed, start = initialise(found, params, jax.random.key(0))
     >>> plain, same = relative_to(found, start, start)
-    >>> same["w"].a.shape, bool(abs(changes.delta(same["w"])).max() < 1e-6), plain.config.r
+    >>> same["w"].a.shape, bool(abs(delta.delta(same["w"])).max() < 1e-6), plain.config.r
     ((4, 4), True, 4)
     """
     if plan.config.init_lora_weights == "loftq":
