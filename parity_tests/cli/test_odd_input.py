@@ -322,7 +322,7 @@ def test_a_result_that_cannot_be_shown_is_said(here, capsys, monkeypatch):
 
 def test_a_full_disk_ends_the_process_with_one_line(here):
     with open("/dev/full", "w") as full:
-        argv = [sys.executable, "-m", "lora_jax.cli.main", "--version"]
+        argv = [sys.executable, "-m", "lora_jax.cli", "--version"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         run = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
