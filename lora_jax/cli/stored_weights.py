@@ -16,7 +16,7 @@ from ..core.adapter import (
     Full,
     Rows,
 )
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig, matches
 from ..core.errors import AdapterError, AssetError, raise_all
 from ..core.io import lfs_pointers
@@ -51,7 +51,7 @@ def place(
 
     A base model is stored with or without its own prefix, ``bert.`` say; one prefix is put on
     or taken off for all names together. Where that does not do, a known family's other names
-    are the model's (``peft.families``). A ``Conv1D`` is stored the other way round: shapes
+    are the model's (``peft.renamed_families``). A ``Conv1D`` is stored the other way round: shapes
     tell, and where a weight is square, what the others of this adapter are.
 
     Args:
@@ -201,7 +201,7 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 
 def _is_tied_head(key: str, checkpoint: Checkpoint) -> bool:
-    return configs.is_output_head(paths.module_of(key)) and is_tied(checkpoint)
+    return lora_config.is_output_head(paths.module_of(key)) and is_tied(checkpoint)
 
 
 def _is_copy(head: Entry, embedding: Entry) -> bool:

@@ -101,13 +101,13 @@ class Adapter:
     With a bias b (PEFT's ``lora_bias``) every product with the weight gets ``scale · b``, too.
 
     A and B are leaves. So is a scale that is an array: it gets no gradient, but an optimizer's
-    weight decay would move it, so it has no place in a tree that is trained (see ``many``).
+    weight decay would move it, so it has no place in a tree that is trained (see ``stack``).
 
     Args:
         a: A, shape ``(*stacked, *in, r)``, in the order in which the weight has these axes.
         b: B, shape ``(*stacked, r, *out)``.
         scale: ``alpha / r`` or what the configuration makes of them: a number, which is static,
-            or a scalar array; ``None`` where it is kept apart, as ``many.stack`` does.
+            or a scalar array; ``None`` where it is kept apart, as ``stack`` does.
         axes: one letter for each axis of the weight, see the legend of this module.
         dropout: probability of dropping an input of the low-rank path, where a key is given.
         materialize: whether ``W + scale·A·B`` may be formed where a use of W has no rule.

@@ -1,4 +1,4 @@
-"""Results that share no array with what they were made from, so that either may be donated."""
+"""``apart``: copies what a result shares with its inputs, so that either may be donated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters make of a weight: ``ΔW``, the merged weight, and what each output has of its own.
+"""What adapters make of a weight: ``ΔW``, the merged weight, DoRA's norm and gain, the bias.
 
 Those are DoRA's gain and the adapter's bias, one number for each output feature. Casts are those of
 ``lowrank``.
@@ -186,7 +186,7 @@ def gain(weight: Inexact[Array, "*w"], adapter: Adapter) -> Float[Array, "*stack
 def present(ratio: Float[Array, "*gain"], adapter: Adapter) -> Float[Array, "*gain"]:
     """Return DoRA's gain, and exactly 1 where there is no adapter: ``m = 0`` and ``s = 0``.
 
-    That is what ``many.select`` gives an example without one. A magnitude that is 0 beside a scale
+    That is what ``select`` gives an example without one. A magnitude that is 0 beside a scale
     is a trained one.
 
     >>> absent = Adapter(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 0.0, magnitude=jnp.zeros(2))

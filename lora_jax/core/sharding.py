@@ -1,4 +1,4 @@
-"""How A and B are sharded where the axes of a mesh are explicit: in types of arrays, by rules.
+"""Puts A and B on a mesh as their weight is, where the mesh's axes are explicit.
 
 A and B are small. For products they are whole along the axes that are summed over or kept, so that
 no product with them is ambiguous where the author's is not, and sharded as the weight is along the

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Num
 
-from ..core import layer, paths
+from ..core import flax_layer, paths
 from ..core.adapter import Adapter
 from ..core.buffers import apart
 from ..core.errors import AdapterError, raise_all
@@ -40,7 +40,7 @@ class _LowRank(nn.Module, kw_only=True):
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        layer.config_of(self)
+        flax_layer.config_of(self)
         if self.dot_general is None and self.dot_general_cls is None:
             self.dot_general = bf16_dot.dot_general
         super().__post_init__()
@@ -57,7 +57,7 @@ class _LowRank(nn.Module, kw_only=True):
         """
         y = super().__call__(inputs)
         axis, batch_dims, _ = _layout(self)
-        return layer.add_low_rank(
+        return flax_layer.add_low_rank(
             y,
             self.promote_dtype(inputs, None, None, dtype=self.dtype)[0],
             _adapter(self),
@@ -162,8 +162,11 @@ def adapters_of(
         + [f"{path}: no layer uses it" for path in sorted(leaves.keys() - wanted)],
     )
     adapters = {
-        _path(name, "kernel"): layer.adapter_of(
-            leaves[_path(name, A)], leaves[_path(name, B)], layer.config_of(module), _axes(module)
+        _path(name, "kernel"): flax_layer.adapter_of(
+            leaves[_path(name, A)],
+            leaves[_path(name, B)],
+            flax_layer.config_of(module),
+            _axes(module),
         )
         for name, module in found.items()
     }
@@ -173,17 +176,17 @@ def adapters_of(
 def _layout(module: _LowRank) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return ``axis``, ``batch_dims`` and ``features``; ``nn.Dense`` has only the last of them."""
     fields = getattr(module, "axis", -1), getattr(module, "batch_dims", ()), module.features
-    axis, batch_dims, features = map(layer.as_tuple, fields)
+    axis, batch_dims, features = map(flax_layer.as_tuple, fields)
     return axis, batch_dims, features
 
 
 def _axes(module: _LowRank) -> str:
-    return layer.kernel_axes(*_layout(module))
+    return flax_layer.kernel_axes(*_layout(module))
 
 
 def _adapter(module: _LowRank) -> Adapter:
     """Return the module's adapter, drawn if its collection is being made."""
-    config, axes = layer.config_of(module), _axes(module)
+    config, axes = flax_layer.config_of(module), _axes(module)
 
     @functools.cache
     def pair() -> tuple[jax.Array, jax.Array]:
@@ -196,7 +199,7 @@ def _adapter(module: _LowRank) -> Adapter:
 
     a = module.variable(COLLECTION, A, lambda: pair()[0])
     b = module.variable(COLLECTION, B, lambda: pair()[1])
-    return layer.adapter_of(a.value, b.value, config, axes)
+    return flax_layer.adapter_of(a.value, b.value, config, axes)
 
 
 def _dropout_key(module: _LowRank, deterministic: bool | None) -> jax.Array | None:

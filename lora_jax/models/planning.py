@@ -14,7 +14,7 @@ from ..core.config.lora_config import LoraConfig
 from ..core.errors import AssetError, LoraError
 from ..core.io.hub_endpoint import one_line
 from ..rewrite import Plan, plan
-from . import described
+from . import config_fits_file
 from .assets import resolve_model
 from .bert import read_json
 from .huggingface import from_pretrained
@@ -77,13 +77,13 @@ def _through_torch(directory: Path) -> tuple[Callable[..., Any], Any, dict[str, 
             f"{directory} holds no BERT; planning it takes PyTorch: {INSTALL} ({error})"
         ) from error
     path = directory / "config.json"
-    values, shapes = read_json(path), described.stored_shapes(directory)
+    values, shapes = read_json(path), config_fits_file.stored_shapes(directory)
     names = values.get("architectures") or ["AutoModel"]
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise AssetError(f"{path}: architectures: got {names!r}")
     kind = getattr(transformers, names[0], transformers.AutoModel)
-    described.refuse_other_counts(path, values, shapes)
-    described.refuse_other_size(path, _parameters(kind, directory), shapes)
+    config_fits_file.refuse_other_counts(path, values, shapes)
+    config_fits_file.refuse_other_size(path, _parameters(kind, directory), shapes)
     # A fused attention asks for the values of masks.
     model = kind.from_pretrained(directory, attn_implementation="eager")
     model.config.use_cache = False

@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key, Num
 
-from ..core import layer as layers
+from ..core import flax_layer as layers
 from ..core import paths
 from ..core.adapter import Adapter
 from ..core.buffers import apart

@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from .entry import Method, bound
-from .following import follow
 from .params import LoRAParam
+from .state_updates import follow
 
 Path = tuple[Any, ...]
 

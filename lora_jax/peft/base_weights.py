@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core import paths
 from ..core.adapter import Adapters, Entry, Full
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
@@ -152,7 +152,7 @@ def base_weights(config: LoraConfig, adapters: Adapters) -> dict[str, Full]:
         for name, one in adapters.items()
         if isinstance(one, Full)
         and is_vocabulary(paths.module_of(name))
-        and not configs.is_saved(config, paths.module_of(name))
+        and not lora_config.is_saved(config, paths.module_of(name))
         and (config.bias == "none" or paths.leaf_name(name) not in paths.BIAS_NAMES)
     }
 

@@ -1,4 +1,4 @@
-"""What ``load_pretrained`` checks beside the tensors' shapes, pure functions."""
+"""Whether a file's header and configuration fit the plan: what ``load_pretrained`` checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.adapter import STACKED, pick
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..core.io.intake import open_regular
@@ -80,7 +80,7 @@ def refuse_hanging(config: LoraConfig, modules: Iterable[str]) -> None:
     Raises:
         AdapterError: names the pattern.
     """
-    problems = configs.hanging(config, modules)
+    problems = lora_config.hanging(config, modules)
     raise_all(AdapterError, "the configuration's patterns cannot be resolved", problems)
 
 
@@ -106,8 +106,8 @@ def config_problems(config: LoraConfig, plan: Plan, names: Callable[[str], str])
 
 def misfit(config: LoraConfig, leaf: LeafPlan, module: str) -> str | None:
     """Return where the file's configuration gives a module another rank or scale than the plan."""
-    r, alpha = configs.rank_and_alpha(config, module)
-    scale = configs.scale(config, r, alpha)
+    r, alpha = lora_config.rank_and_alpha(config, module)
+    scale = lora_config.scale(config, r, alpha)
     same_scale = math.isclose(scale, leaf.scale, rel_tol=1e-6)
     if bool(config.alora_invocation_tokens) != leaf.masked:
         tokens = config.alora_invocation_tokens
@@ -138,7 +138,7 @@ def target_problems(config: LoraConfig, modules: Iterable[str | Sequence[str]]) 
     targets, bare = config.target_modules, config.target_parameters or ()
     named = [(one,) if isinstance(one, str) else tuple(one) for one in modules]
     found: list[str] = []
-    if not (targets is None and not bare) and targets != configs.ALL_LINEAR:
+    if not (targets is None and not bare) and targets != lora_config.ALL_LINEAR:
         found += [
             f"{own[0]}: has an adapter, but target_modules={targets!r} leaves it out"
             + (f", as does target_parameters={bare!r}" if bare else "")
@@ -161,7 +161,7 @@ def idle(config: LoraConfig, modules: Iterable[str]) -> list[str]:
         f"{field}: {name!r} has no adapter"
         for field, given in listed.items()
         for name in (() if given is None or isinstance(given, str) else given)
-        if not any(configs.matches([name], module) for module in modules)
+        if not any(lora_config.matches([name], module) for module in modules)
     ]
 
 
@@ -194,7 +194,7 @@ def tokens(config: LoraConfig, module: str) -> tuple[int, ...]:
     """Return the tokens whose rows a module has; () for none."""
     given = config.trainable_token_indices
     if given is None or isinstance(given, Mapping):
-        return next(iter(configs.tokens_of(config, module)), ())
+        return next(iter(lora_config.tokens_of(config, module)), ())
     return tuple(given)
 
 
@@ -209,15 +209,15 @@ def _names_of(leaf: LeafPlan, config: LoraConfig, names: Callable[[str], str]) -
     name, stacked = leaf.owner or names(leaf.path), pick(leaf.shape, leaf.axes, STACKED)
     # The experts of a bare parameter have no names of their own.
     indices = itertools.product(*map(range, stacked[: name.count("{}")]))
-    own = leaf.owner or configs.name_in_patterns(config, leaf.path)
+    own = leaf.owner or lora_config.name_in_patterns(config, leaf.path)
     return [own, *(name.format(*index) for index in indices)]
 
 
 def _is_target(config: LoraConfig, module: str) -> bool:
-    if configs.parameter_name(config, module) is not None:
+    if lora_config.parameter_name(config, module) is not None:
         return True
     return (
-        configs.matches(config.target_modules, module)
-        and configs.in_chosen_layer(config, module)
-        and not configs.matches(config.exclude_modules, module)
+        lora_config.matches(config.target_modules, module)
+        and lora_config.in_chosen_layer(config, module)
+        and not lora_config.matches(config.exclude_modules, module)
     )

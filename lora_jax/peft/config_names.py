@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import paths
 from ..core.adapter import STACKED, pick
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
@@ -77,15 +77,17 @@ def in_torch(plan: Plan, names: Names) -> LoraConfig:
     bare = experts.in_given_order(plan.config, [leaf.path for leaf in plan.adapted])
     for leaf in plan.leaves:
         if leaf.adapted and leaf.path not in bare:
-            found = configs.rank_and_alpha(plan.config, leaf.module)
+            found = lora_config.rank_and_alpha(plan.config, leaf.module)
             wanted |= dict.fromkeys(_expanded(leaf, leaf.owner or held[leaf.path]), found)
-        elif leaf.path in plan.full and configs.is_saved(plan.config, leaf.module):
+        elif leaf.path in plan.full and lora_config.is_saved(plan.config, leaf.module):
             saved |= set(_expanded(leaf, held[leaf.path]))
     rows = {held[leaf.path]: leaf.rows for leaf in plan.leaves if leaf.rows}
     parameters: dict[str, RankAndAlpha] = {}
     leaves = {leaf.path: leaf for leaf in plan.adapted}
     for path in bare:
-        found = configs.rank_and_alpha(plan.config, configs.name_in_patterns(plan.config, path))
+        found = lora_config.rank_and_alpha(
+            plan.config, lora_config.name_in_patterns(plan.config, path)
+        )
         parameters |= dict.fromkeys(experts.names_in_torch(leaves[path], held[path]), found)
     parameters = {name: parameters[name] for name in experts.ordered(parameters)}
     return exact(plan.config, wanted, saved, everything, rows, parameters)
@@ -190,7 +192,7 @@ def _ranks(
     for modules in parts.values():
         own: dict[RankAndAlpha, str] = {}
         for module in modules:
-            own.setdefault(configs.rank_and_alpha(config, module.meant), module.key)
+            own.setdefault(lora_config.rank_and_alpha(config, module.meant), module.key)
         if len(own) > 1:
             return ", ".join(f"{key} has r={r}, alpha={a}" for (r, a), key in own.items())
         found.append(next(iter(own)))
@@ -252,7 +254,7 @@ def _in_file(plan: Plan, names: Names) -> dict[str, tuple[str, ...]]:
     held = file_names(plan, names)
     if not _renames(plan, held):
         return {
-            leaf.path: (leaf.owner or configs.name_in_patterns(plan.config, leaf.path),)
+            leaf.path: (leaf.owner or lora_config.name_in_patterns(plan.config, leaf.path),)
             for leaf in plan.adapted
         }
     bare = experts.in_given_order(plan.config, [leaf.path for leaf in plan.adapted])
@@ -269,7 +271,7 @@ def _in_file(plan: Plan, names: Names) -> dict[str, tuple[str, ...]]:
 def _renames(plan: Plan, held: Mapping[str, str]) -> bool:
     bare = experts.in_given_order(plan.config, held)
     return any(name != paths.module_of(path) for path, name in held.items()) or any(
-        experts.in_torch(path, held[path]) != configs.name_in_patterns(plan.config, path)
+        experts.in_torch(path, held[path]) != lora_config.name_in_patterns(plan.config, path)
         for path in bare
     )
 
@@ -297,7 +299,7 @@ def exact(
     """
     targets: str | tuple[str, ...] = tuple(sorted(wanted))
     others = None if known is None else set(known) - wanted.keys()
-    if wanted and (others is None or any(configs.matches(targets, n) for n in others)):
+    if wanted and (others is None or any(lora_config.matches(targets, n) for n in others)):
         targets = "|".join(re.escape(name) for name in sorted(wanted))
     # A name hits what it is the end of, too; the first hit wins, so the longest comes first.
     parameters = dict(parameters or {})
@@ -352,7 +354,7 @@ def _modules(config: LoraConfig, keys: Iterable[str]) -> tuple[set[_Module], set
         else:
             adapted.add(_Module(key, key, key))
     rest = (name.rpartition(paths.SEPARATOR)[0] for name in names if not _HALVES.search(name))
-    return adapted, {module for module in rest if configs.is_saved(config, module)}
+    return adapted, {module for module in rest if lora_config.is_saved(config, module)}
 
 
 def _found(

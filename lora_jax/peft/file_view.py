@@ -26,7 +26,7 @@ from ..core.adapter import (
     Full,
     pick,
 )
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
@@ -72,7 +72,7 @@ def to_file(plan: Plan, adapters: Adapters, names: Names) -> tuple[Plan, Adapter
         if isinstance(made, str):
             problems.append(made)
             continue
-        r, alpha = configs.rank_and_alpha(plan.config, group.leaves[made[1]].module)
+        r, alpha = lora_config.rank_and_alpha(plan.config, group.leaves[made[1]].module)
         for name, one in zip(group.names, made[0], strict=True):
             new = one.a.shape[-1]
             ranks = (new, scaled_alpha(plan.config, r, alpha, new))
@@ -135,13 +135,19 @@ def _expected(
         there = {n for n, one in modules.items() if f"{PREFIX}{one}.lora_A.weight" in keys}
         return [
             view.planned(
-                group, name, configs.rank_and_alpha(config, modules[name]), len(own), group.whole
+                group,
+                name,
+                lora_config.rank_and_alpha(config, modules[name]),
+                len(own),
+                group.whole,
             )
             if name in there or not there
             else None
             for name, own in zip(group.names, group.rows, strict=True)
         ]
-    first, *others = (configs.rank_and_alpha(view.plan.config, one.module) for one in group.parts)
+    first, *others = (
+        lora_config.rank_and_alpha(view.plan.config, one.module) for one in group.parts
+    )
     if any(pair != first for pair in others) or not all(leaf.adapted for leaf in group.parts):
         own = [f"{leaf.path} r={leaf.r} scale={leaf.scale:g}" for leaf in group.parts]
         problems.append(f"{group.name}: got {', '.join(own)}, wanted one rank and scale")
@@ -169,7 +175,7 @@ class _View:
             (*stack, out, math.prod(pick(like.shape, like.axes, IN))),
             like.why,
             r,
-            configs.scale(self.plan.config, *ranks),
+            lora_config.scale(self.plan.config, *ranks),
             STACKED * len(stack) + OUT + IN,
             1,
             primitives=("dot_general",),

@@ -25,10 +25,10 @@ from . import (
     config_json,
     config_names,
     file_view,
-    implied,
     renamed_families,
     shards,
     spellings,
+    task_heads,
     tensors,
     tying,
 )
@@ -165,8 +165,8 @@ def load_pretrained(
             ``user/repo/folder``, or either with ``@revision``.
         plan: the plan for the model, made from ``load_config(directory)``.
         names: the PyTorch module name of a path, as when saving. Without them, names that differ
-            as those of a known family do (see ``peft.families``) are read as the model's, with
-            a warning, where all of them then fit.
+            as those of a known family do (``peft.renamed_families``) are read as the model's,
+            with a warning, where all of them then fit.
         strict: False loads the adapters that fit, warns of everything else, and returns the
             adapters and a ``LoadReport``. Files that cannot be read are refused either way.
         subfolder: where in the directory or repository the adapter is.
@@ -275,8 +275,8 @@ def load_config(
             JAX modules that the file's tensors belong to, with the ranks they have there.
         params: the model's parameters or their shapes. A table goes without them, and the
             targets are one regular expression then: what else names could mean is not known.
-            Without ``names``, a file in other names of a known family (``peft.families``) is
-            read in the model's.
+            Without ``names``, a file in other names of a known family
+            (``peft.renamed_families``) is read in the model's.
         subfolder: as in ``load_pretrained``.
 
     Raises:
@@ -287,13 +287,13 @@ def load_config(
     config = file.config
     untargeted = config.target_modules is None and not config.target_parameters
     plain = names is paths.module_of and params is None and not untargeted
-    if plain and not implied.heads(file):
+    if plain and not task_heads.heads(file):
         return config
     found = located(directory, subfolder=subfolder)
     if plain and not any((found / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
         return config
     tensors = read_weights(found)
-    config = implied.with_heads(file, tensors).config
+    config = task_heads.with_heads(file, tensors).config
     if untargeted:
         config = config_names.targeting(config, tensors)
     if names is paths.module_of:

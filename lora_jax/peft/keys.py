@@ -1,4 +1,4 @@
-"""Which tensors PEFT's file has for a plan, and how each lies in the adapters; pure functions.
+"""Which tensor of PEFT's file holds which part of a plan's adapters, and how it lies there.
 
 PEFT keeps a linear layer's A as ``[r, in]`` and its B as ``[out, r]``, an embedding's alike under
 names of their own, a convolution's as ``[r, in, *window]`` and ``[out, r, 1, …]``; axes that the
@@ -24,7 +24,7 @@ from ..core.adapter import (
     STACKED,
     pick,
 )
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
@@ -143,7 +143,7 @@ def _slots(
 
 def is_bare(config: LoraConfig, leaf: LeafPlan) -> bool:
     """Tell whether ``target_parameters`` means a parameter, so that its experts are packed."""
-    return configs.parameter_name(config, leaf.path) is not None
+    return lora_config.parameter_name(config, leaf.path) is not None
 
 
 def _packed_slots(
@@ -168,7 +168,7 @@ def file_shape(leaf: LeafPlan, *, whole: bool = False) -> tuple[int, ...]:
 
     A ``whole`` embedding is the other way round: PyTorch keeps a row for each token.
     """
-    _, out, in_, window = _in_filefile_axes(leaf)
+    _, out, in_, window = _axes_in_file(leaf)
     order = (in_, out, window) if whole and leaf.looked_up else (out, in_, window)
     sizes = [[leaf.shape[axis] for axis in axes] for axes in order]
     return (math.prod(sizes[0]), math.prod(sizes[1]), *sizes[2])
@@ -181,7 +181,7 @@ def shapes(leaf: LeafPlan) -> dict[str, tuple[int, ...]]:
     return {"a": leaf.a_shape, "b": leaf.b_shape} | magnitude | bias
 
 
-def _in_filefile_axes(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], list[int]]:
+def _axes_in_file(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], list[int]]:
     """Return a weight's axes in the order of the file: stacked, out, in, and the window's."""
 
     def axes(letter: str, window: bool = False) -> list[int]:
@@ -196,7 +196,7 @@ def _in_filefile_axes(leaf: LeafPlan) -> tuple[list[int], list[int], list[int], 
 
 def file_axes(leaf: LeafPlan, part: str) -> list[int]:
     """Return the axes of a part of the adapter, or of a whole weight, in the order of the file."""
-    stacked, out, in_, window = _in_filefile_axes(leaf)
+    stacked, out, in_, window = _axes_in_file(leaf)
     if part == "value":
         matrix = [*in_, *out] if leaf.looked_up else [*out, *in_]
         return [*stacked, *matrix, *window]

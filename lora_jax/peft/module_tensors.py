@@ -1,4 +1,4 @@
-"""The tensors of one adapter in PEFT's file: which they are, and how they lie without a model.
+"""``adapter_model.safetensors`` without a plan: the tensors of one module, for the commands.
 
 A linear layer has A ``[r, in]`` and B ``[out, r]``, an embedding alike under names of its own, a
 convolution A ``[r, in, *window]`` and B ``[out, r, 1, …]``; DoRA adds a magnitude for each output.

@@ -1,4 +1,4 @@
-"""Names that transformers gave the modules of vision-language models, then and now, as a table.
+"""Names that transformers itself changed between versions (LLaVA and its kin), as a table.
 
 Until its version 4.52 the language model of a LLaVA was ``language_model.model``, and then
 ``model.language_model``; checkpoints keep the first names, running models have the second, and

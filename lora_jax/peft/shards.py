@@ -1,4 +1,4 @@
-"""The tensors of an adapter directory: one safetensors file, or shards and their index."""
+"""Reading the tensors of an adapter directory: one safetensors file, or shards and their index."""
 
 from __future__ import annotations
 

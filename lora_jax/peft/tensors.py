@@ -1,4 +1,4 @@
-"""``adapter_model.safetensors``: between PEFT's tensors and adapters, pure functions."""
+"""``adapter_model.safetensors`` with a plan: PEFT's tensors encoded and decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.adapter import (
     Full,
     Rows,
 )
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..core.initializers import changes_base
@@ -176,7 +176,11 @@ def _unexpected(key: str, plan: Plan) -> str:
             "file with it"
         )
     shared, module = [leaf.path for leaf in plan.leaves if leaf.tied], owner(key)
-    if shared and configs.is_output_head(module) and all(module != o.module for o in plan.leaves):
+    if (
+        shared
+        and lora_config.is_output_head(module)
+        and all(module != o.module for o in plan.leaves)
+    ):
         return f"unexpected, as the model's output head is tied: it shares {', '.join(shared)}"
     base = ".lora_" not in key and key.rpartition(".")[2] in ("weight", "bias")
     return "unexpected: base weights inside the file" if base else "unexpected"

@@ -22,7 +22,7 @@ from ..core.adapter import (
     Rows,
     rank,
 )
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from .base_weights import is_vocabulary
@@ -36,7 +36,6 @@ from .checks import (
 from .config_json import AdapterFile
 from .download import located
 from .files import load_adapter_file, read_weights, write_directory
-from .implied import with_heads
 from .keys import PREFIX, ROWS
 from .module_tensors import (
     LINEAR,
@@ -48,6 +47,7 @@ from .module_tensors import (
 from .module_tensors import problems as part_problems
 from .module_tensors import read as read_parts
 from .names.naming import EMBEDDING
+from .task_heads import with_heads
 from .tensors import changed_base, is_finite
 
 T = TypeVar("T")
@@ -121,8 +121,8 @@ def look(directory: str | Path) -> tuple[AdapterFile, dict[str, Entry], list[str
     masked = bool(file.config.alora_invocation_tokens)
     scales = {}
     for module, (kind, parts) in halves.items():
-        r, alpha = configs.rank_and_alpha(file.config, module)
-        scales[module] = configs.scale(file.config, r, alpha)
+        r, alpha = lora_config.rank_and_alpha(file.config, module)
+        scales[module] = lora_config.scale(file.config, r, alpha)
         problems += part_problems(module, kind, parts, r, dora=dora, biased=biased)
     problems += target_problems(file.config, halves)
     raise_all(AdapterError, origin, sorted(problems))
@@ -281,7 +281,7 @@ def _said_twice(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def _is_trained(config: LoraConfig, module: str, leaf: str, halves: Mapping[str, Any]) -> bool:
-    if configs.is_saved(config, module):
+    if lora_config.is_saved(config, module):
         return True
     if leaf not in paths.BIAS_NAMES:
         return False
@@ -323,8 +323,8 @@ def _unwritable(module: str, adapter: Adapter, config: LoraConfig) -> list[str]:
         found.append(f"{module}: masked={adapter.masked}, which alora_invocation_tokens deny")
     if paths.module_of(module) != module:
         found.append(f"{module}: a parameter's path, wanted the module's name; see `rename`")
-    r, alpha = configs.rank_and_alpha(config, module)
-    scale = configs.scale(config, r, alpha)
+    r, alpha = lora_config.rank_and_alpha(config, module)
+    scale = lora_config.scale(config, r, alpha)
     if rank(adapter) != r:
         found.append(f"{module}: rank got {rank(adapter)}, wanted the configuration's {r}")
     elif adapter.scale is None or not np.isclose(adapter.scale, scale, rtol=1e-6, atol=0).all():

@@ -1,8 +1,8 @@
 """``LoraWeight``: an adapted parameter on its way through the traced function.
 
 It stands in for the parameter's array and carries A and B beside it. Structure (a transpose, a
-slice, one step of a scan) changes all three alike, see ``moves``, so that a site finds A and B in
-the axis order in which it reads the weight, and nothing weight-sized is ever formed.
+slice, one step of a scan) changes all three alike, see ``weight_moves``, so that a site finds A and
+B in the axis order in which it reads the weight, and nothing weight-sized is ever formed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What structure does to a ``LoraWeight``: base, A and B move alike."""
+"""How base, A and B move together: what the rules of ``structure`` call."""
 
 from __future__ import annotations
 

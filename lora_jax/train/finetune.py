@@ -1,4 +1,4 @@
-"""The whole job: data and model in, a trained and tested PEFT adapter directory out."""
+"""The whole job: data and model in, a trained, tested and saved PEFT adapter directory out."""
 
 from __future__ import annotations
 

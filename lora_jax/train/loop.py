@@ -1,4 +1,4 @@
-"""The one training loop: it reports events, and whatever stops it, the adapters survive."""
+"""The one training loop: it reports events, and hands on the last good adapters if stopped."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lora_jax import (
     plan,
 )
 from lora_jax.core import delta, paths
-from lora_jax.core.config import lora_config as configs
+from lora_jax.core.config import lora_config
 from lora_jax.core.errors import AdapterError, ConfigError, PlanError
 from lora_jax.rewrite.frugality import compiled, sizes_of, weight_sized
 
@@ -318,7 +318,7 @@ def _arrays(params) -> dict[str, Any]:
 def _name(subject: Subject, path: str) -> str:
     """Return the name that targets this path."""
     spelled = (path.replace("/", "."), paths.module_of(path))
-    return next(n for n in subject.axes if any(configs.matches([n], s) for s in spelled))
+    return next(n for n in subject.axes if any(lora_config.matches([n], s) for s in spelled))
 
 
 def weight_sizes(params, adapters) -> list[tuple[int, ...]]:

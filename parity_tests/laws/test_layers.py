@@ -17,7 +17,7 @@ from jax.extend import core
 
 from lora_jax import LoraConfig, lora, merge
 from lora_jax.core.errors import ConfigError
-from lora_jax.core.layer import FIELDS
+from lora_jax.core.flax_layer import FIELDS
 from lora_jax.linen import LoRADense
 from lora_jax.nnx import LoRALinear
 from parity_tests.laws.layer_subjects import (

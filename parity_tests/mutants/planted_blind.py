@@ -76,7 +76,7 @@ SECOND = (
         (
             "a converted adapter loses its rank stabilisation",
             "peft/foreign/older_layouts.py",
-            "alpha = configs.scale(config, wanted, given) * r",
+            "alpha = lora_config.scale(config, wanted, given) * r",
             "alpha = given",
             "cli/test_convert.py::test_a_directory_without_the_prefix_keeps_its_configurations_scales",
         ),
@@ -296,7 +296,7 @@ THIRD = (
         (
             "EVA's rank of a module is that of one whose name ends alike",
             "adapters/inits/eva_ranks.py",
-            "any(configs.hits(one, m) for one in own)]",
+            "any(lora_config.hits(one, m) for one in own)]",
             "False]",
             "laws/test_values_by_hand.py::test_ranks_of_modules_whose_names_end_alike_are_each_ones_own",
         ),

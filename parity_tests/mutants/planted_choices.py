@@ -49,8 +49,8 @@ CONFIGURATION = rows(
     (
         "the scale is of the configuration's r where a pattern has another",
         "rewrite/planning/plan.py",
-        "scale=configs.scale(config, r, alpha)",
-        "scale=configs.scale(config, config.r, alpha)",
+        "scale=lora_config.scale(config, r, alpha)",
+        "scale=lora_config.scale(config, config.r, alpha)",
         "laws/test_plan.py::test_scale_rank_patterns_and_totals",
     ),
     (

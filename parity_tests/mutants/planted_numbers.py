@@ -27,7 +27,7 @@ REWRITER = rows(
     ),
     (
         "a cast of W casts A and B",
-        "rewrite/rules/complex_weights.py",
+        "rewrite/rules/factors.py",
         ("return replace(weight, base=base) if is_complex(dtype) else _real(weight, base)"),
         (
             "return weight if weight.planning else replace(weight, base=base, "
@@ -37,21 +37,21 @@ REWRITER = rows(
     ),
     (
         "W times a number leaves A·B as it is",
-        "rewrite/rules/complex_weights.py",
+        "rewrite/rules/factors.py",
         "lambda b, number: b * number",
         "lambda b, number: b",
         "laws/test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
     ),
     (
         "−W leaves A·B as it is",
-        "rewrite/rules/complex_weights.py",
+        "rewrite/rules/factors.py",
         "None if weight.planning else -weight.b",
         "weight.b",
         "laws/test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
     ),
     (
         "W over a number multiplies A·B",
-        "rewrite/rules/complex_weights.py",
+        "rewrite/rules/factors.py",
         "lambda b, number: b / number",
         "lambda b, number: b * number",
         "laws/test_structure_by_hand.py::test_what_is_done_to_a_weight_is_done_to_its_change",
@@ -233,16 +233,16 @@ LAYERS = rows(
     ),
     (
         "the axes of DenseGeneral are not sorted",
-        "core/layer.py",
+        "core/flax_layer.py",
         "(sorted(n % x.ndim for n in dims) for dims in (axis, batch_dims))",
         "([n % x.ndim for n in dims] for dims in (axis, batch_dims))",
         "laws/test_layers_by_hand.py::test_axes_that_are_named_out_of_order_are_summed_as_the_kernel_has_them",
     ),
     (
         "a layer's scale is r/alpha",
-        "core/layer.py",
-        "configs.scale(config, config.r, config.lora_alpha)",
-        "configs.scale(config, config.lora_alpha, config.r)",
+        "core/flax_layer.py",
+        "lora_config.scale(config, config.r, config.lora_alpha)",
+        "lora_config.scale(config, config.lora_alpha, config.r)",
         "laws/test_layers_by_hand.py::test_alpha_r_and_rslora_make_the_scale",
     ),
     (

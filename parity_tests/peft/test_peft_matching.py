@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraModel
 from peft.utils.other import get_pattern_key
 
 from lora_jax import LoraConfig
-from lora_jax.core.config import lora_config as configs
+from lora_jax.core.config import lora_config
 from lora_jax.core.initializers import draw
 
 MODULES = [
@@ -38,7 +38,7 @@ PATTERNS = ["query", "0.query", "layer.1.attn.query", "proj", r".*query", r"laye
 def test_target_modules_match_as_in_peft(module, names):
     config = PeftConfig(target_modules=names)
     wanted = bool(LoraModel._check_target_module_exists(config, module))
-    assert configs.matches(config.target_modules and names, module) == wanted
+    assert lora_config.matches(config.target_modules and names, module) == wanted
 
 
 def test_every_module_is_matched_by_every_pattern_as_in_peft():
@@ -47,14 +47,14 @@ def test_every_module_is_matched_by_every_pattern_as_in_peft():
         for names in [*PATTERNS, *([one] for one in PATTERNS)]:
             wanted = LoraModel._check_target_module_exists(PeftConfig(target_modules=names), module)
             # PEFT makes a set of a list.
-            found = configs.matches(names, module)
+            found = lora_config.matches(names, module)
             assert found == bool(wanted), (module, names)
 
 
 def test_the_first_layer_may_be_chosen():
     for layers in (0, [0]):
         config = LoraConfig(target_modules=["query"], layers_to_transform=layers)
-        found = [configs.in_chosen_layer(config, f"model.layers.{n}.query") for n in range(3)]
+        found = [lora_config.in_chosen_layer(config, f"model.layers.{n}.query") for n in range(3)]
         assert found == [True, False, False]
 
 
@@ -72,7 +72,7 @@ def test_layers_are_chosen_as_in_peft(top, lists, layers, pattern):
     module = ".".join([top, *(f"{name}.{n}" for name, n in lists), "query"])
     chosen = dict(target_modules=["query"], layers_to_transform=layers, layers_pattern=pattern)
     wanted = bool(LoraModel._check_target_module_exists(PeftConfig(**chosen), module))
-    assert configs.in_chosen_layer(LoraConfig(**chosen), module) == wanted
+    assert lora_config.in_chosen_layer(LoraConfig(**chosen), module) == wanted
 
 
 def test_a_group_in_layers_pattern_is_not_the_layer():
@@ -82,11 +82,11 @@ def test_a_group_in_layers_pattern_is_not_the_layer():
             config = LoraConfig(
                 target_modules=["query"], layers_to_transform=[1], layers_pattern=pattern
             )
-            found = configs.in_chosen_layer(config, f"model.layers.{layer}.attn.query")
+            found = lora_config.in_chosen_layer(config, f"model.layers.{layer}.attn.query")
             assert found == (layer == 1), (pattern, layer)
     config = LoraConfig(target_modules=["q"], layers_to_transform=[3], layers_pattern="h(2|3)")
-    assert not configs.in_chosen_layer(config, "model.h3.1.q")
-    assert configs.in_chosen_layer(config, "model.h2.3.q")
+    assert not lora_config.in_chosen_layer(config, "model.h3.1.q")
+    assert lora_config.in_chosen_layer(config, "model.h2.3.q")
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,7 +99,7 @@ def test_rank_and_alpha_patterns_resolve_as_in_peft(module, ranks, alphas):
     config = LoraConfig(r=5, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas)
     r = ranks.get(get_pattern_key(ranks.keys(), module), 5)
     alpha = alphas.get(get_pattern_key(alphas.keys(), module), 7)
-    assert configs.rank_and_alpha(config, module) == (r, alpha)
+    assert lora_config.rank_and_alpha(config, module) == (r, alpha)
 
 
 def test_kaiming_has_the_bound_of_torch():

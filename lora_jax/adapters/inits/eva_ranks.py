@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...core import paths
 from ...core.adapter import STACKED, pick
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import ConfigError, raise_all
 from ...rewrite import LeafPlan, Plan
@@ -143,7 +143,7 @@ def _with_ranks(plan: Plan, ranks: Mapping[str, int], adjust: bool) -> Plan:
     r, alpha = {}, {}
     for leaf in plan.adapted:
         module = paths.module_of(leaf.path)
-        was, its_alpha = configs.rank_and_alpha(config, module)
+        was, its_alpha = lora_config.rank_and_alpha(config, module)
         new = ranks[leaf.path]
         if new:
             r[module] = new
@@ -172,7 +172,7 @@ def _with_ranks(plan: Plan, ranks: Mapping[str, int], adjust: bool) -> Plan:
         if not new:
             return replace(leaf, r=0, scale=0.0, dora=False, why="explains too little (EVA)")
         module = paths.module_of(leaf.path)
-        return replace(leaf, r=new, scale=configs.scale(config, new, alpha[module]))
+        return replace(leaf, r=new, scale=lora_config.scale(config, new, alpha[module]))
 
     return replace(
         plan,
@@ -185,7 +185,7 @@ def _with_ranks(plan: Plan, ranks: Mapping[str, int], adjust: bool) -> Plan:
 
 def _only_beside_lora(config: LoraConfig, path: str) -> bool:
     """Tell a bias that trains because its module is adapted."""
-    return config.bias == "lora_only" and not configs.is_saved(config, paths.module_of(path))
+    return config.bias == "lora_only" and not lora_config.is_saved(config, paths.module_of(path))
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -194,6 +194,6 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     A name also hits those that end in it, so these need a pattern of their own, and before it.
     """
     own = [module for module, value in values.items() if value != default]
-    hit = [m for m in values if m not in own and any(configs.hits(one, m) for one in own)]
+    hit = [m for m in values if m not in own and any(lora_config.hits(one, m) for one in own)]
     names: Sequence[str] = sorted([*own, *hit], key=len, reverse=True)
     return {name: values[name] for name in names}

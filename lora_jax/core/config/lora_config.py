@@ -195,7 +195,7 @@ def slices(config: LoraConfig, module: str) -> tuple[tuple[int, int], ...]:
 
 
 def hanging(config: LoraConfig, modules: Iterable[str]) -> list[str]:
-    """Return a line for a pattern that comes to no end on these modules, see ``regexes``."""
+    """Return a line for a pattern that comes to no end on these modules (``endless_regexes``)."""
     return endless_regexes.hanging(expressions(config), modules)
 
 

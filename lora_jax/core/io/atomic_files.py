@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a second run loses nothing."""
+"""What writes files: claims a directory, and changes several files together, by ``journal``."""
 
 from __future__ import annotations
 

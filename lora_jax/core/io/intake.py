@@ -1,4 +1,4 @@
-"""Reading what users and hubs give: regular files of a sane size, and JSON of a sane depth.
+"""Reading untrusted files: regular files of a sane size, and JSON of a sane depth.
 
 A pipe in the place of a file waits for ever, a device never ends, and a link in somebody's model
 directory may lead to the reader's own secrets.

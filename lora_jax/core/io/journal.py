@@ -1,4 +1,4 @@
-"""Files that change together: whatever ends the process, a reader finds all old ones or all new.
+"""Below ``atomic_files``: a draft, one deciding rename, and recovery by the next reader.
 
 A writer has a working directory inside the one that it writes to, with a lock that ends with it::
 

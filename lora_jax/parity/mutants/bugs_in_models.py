@@ -12,11 +12,11 @@ from jax import lax
 from ...core import (
     contractions,
     delta,
-    layer,
+    flax_layer,
     lowrank,
 )
 from ...core.adapter import OUT, Adapter
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...rewrite import registry, transform, weight
 from ...rewrite.interpret import Call
 from .gate import Mutant
@@ -33,12 +33,12 @@ def _path(change: Callable[[Any, Any, Adapter], tuple[Any, Any, Adapter]]) -> Ca
 
 
 def _scale(wrong: Callable[[Any, int, float], float]) -> Callable[[], Any]:
-    return instead(configs, "scale", lambda right, config, r, alpha: wrong(config, r, alpha))
+    return instead(lora_config, "scale", lambda right, config, r, alpha: wrong(config, r, alpha))
 
 
 def _pattern_of(name: str, value: Any) -> Callable[[], Any]:
     return instead(
-        configs,
+        lora_config,
         "rank_and_alpha",
         lambda right, c, module: right(replace(c, **{name: value}), module),
     )
@@ -140,21 +140,23 @@ MODEL = (
     Mutant(
         "bias scaled",
         "y = s·(xW + b) + s·xAB in a layer",
-        instead(layer, "add_low_rank", lambda f, y, x, ad, **k: f(y * ad.scale, x, ad, **k)),
+        instead(flax_layer, "add_low_rank", lambda f, y, x, ad, **k: f(y * ad.scale, x, ad, **k)),
     ),
     # patterns
     Mutant("rank pattern ignored", "r for every module", _pattern_of("rank_pattern", {})),
     Mutant("alpha pattern ignored", "alpha for every module", _pattern_of("alpha_pattern", {})),
-    Mutant("last pattern wins", "later patterns first", instead(configs, "_first_hit", _last_hit)),
+    Mutant(
+        "last pattern wins", "later patterns first", instead(lora_config, "_first_hit", _last_hit)
+    ),
     Mutant(
         "pattern as an ending",
         "`q` means `sub_q`, too",
-        instead(configs, "suffixed", lambda f, pattern: rf".*({pattern})$"),
+        instead(lora_config, "suffixed", lambda f, pattern: rf".*({pattern})$"),
     ),
     Mutant(
         "pattern as a prefix",
         "patterns need not reach the end",
-        instead(configs, "suffixed", lambda f, pattern: rf"(.*\.)?({pattern})"),
+        instead(lora_config, "suffixed", lambda f, pattern: rf"(.*\.)?({pattern})"),
     ),
     # the product
     Mutant(

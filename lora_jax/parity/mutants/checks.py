@@ -20,7 +20,7 @@ from jax import lax
 from ... import lora
 from ...core import delta, lowrank
 from ...core.adapter import Adapter
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ..reports.checks import Check
 from ..suite import lora_oracle
@@ -62,8 +62,8 @@ def patterns(seed: int, use_rslora: bool = False) -> Iterator[TensorVerdict]:
     theirs = _peft_scales(use_rslora)
     ours = {}
     for module in theirs:
-        r, alpha = configs.rank_and_alpha(config, module)
-        ours[module] = [r, configs.scale(config, r, alpha)]
+        r, alpha = lora_config.rank_and_alpha(config, module)
+        ours[module] = [r, lora_config.scale(config, r, alpha)]
     yield same("rank and scale", list(ours.values()), list(theirs.values()))
 
 

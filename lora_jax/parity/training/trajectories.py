@@ -2,7 +2,7 @@
 
 No fixed tolerance over N steps is right, since training amplifies rounding. So the distance of
 the two is held to that of one framework from itself with its sums in another order. numpy only;
-``runs`` makes the runs.
+``jax_runs`` and ``torch_runs`` make the runs.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def trajectory(
     the largest ``d_t`` of a noisy run of one framework from its plain one.
 
     Args:
-        jax: JAX's run (see ``runs.jax_run``, or write a generator).
+        jax: JAX's run (see ``jax_runs.jax_run``, or write a generator).
         torch: PyTorch's (see ``torch_runs.torch_run``).
         steps: how many.
         seeds: of the noisy runs.

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 import numpy as np
 
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import AdapterError, raise_all
 from ..checks import refuse_hanging
@@ -116,8 +116,8 @@ def converted(
             module, r = names[owner][0], int(tensors[halves[A]].shape[0])
             alpha = _alpha(halves, tensors, lora_alpha)
             if config is not None and lora_alpha is None:
-                wanted, given = configs.rank_and_alpha(config, module)
-                alpha = configs.scale(config, wanted, given) * r
+                wanted, given = lora_config.rank_and_alpha(config, module)
+                alpha = lora_config.scale(config, wanted, given) * r
                 own = [] if wanted == r else [f"{owner}: got r={r}, the configuration's {wanted}"]
             elif alpha is None:
                 own = [f"{owner}: its alpha is not in the file, give --lora-alpha"]

@@ -1,10 +1,9 @@
-"""Tables of names for ``names=…`` of ``save_pretrained`` and ``load_pretrained``, one a family.
+"""Names in JAX and in PyTorch, one table a family: BERT, BART, ViT, CLIP, Whisper, Llama.
 
 ``lora_jax.peft.names.naming`` explains the patterns. The Flax models of ``transformers`` have
 PyTorch's module names; their tables refuse what is not of the family, and ``stacked(TABLE)`` is
-for their layers
-stacked. A table holds names and no values: a model whose kernels are permuted or scaled against
-PyTorch's, as Llama's in Meta's order of RoPE are, needs more than a table.
+for their layers stacked. A table holds names and no values: a model whose kernels are permuted or
+scaled against PyTorch's, as Llama's in Meta's order of RoPE are, needs more than a table.
 """
 
 from __future__ import annotations

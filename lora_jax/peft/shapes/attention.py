@@ -19,7 +19,7 @@ from ...core.adapter import (
     Entry,
     rank,
 )
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import AdapterError, raise_all
 from ...rewrite import LeafPlan
@@ -99,7 +99,7 @@ def _out(sides: Sides, owner: str) -> LeafPlan | None:
 
 
 def _ranks(sides: Sides, config: LoraConfig, leaf: LeafPlan) -> Ranks:
-    return sides.ranks.get(leaf.module) or configs.rank_and_alpha(config, leaf.module)
+    return sides.ranks.get(leaf.module) or lora_config.rank_and_alpha(config, leaf.module)
 
 
 def _completed(sides: Sides, config: LoraConfig, first: LeafPlan, out: LeafPlan) -> Sides:

@@ -32,7 +32,7 @@ import numpy as np
 
 from ...core import paths
 from ...core.adapter import IN, OUT, STACKED
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import AdapterError, raise_all
 from ...rewrite import LeafPlan
@@ -79,7 +79,7 @@ def unpacked(matrix: np.ndarray, packing: str, experts: int) -> np.ndarray:
 def halves(config: LoraConfig, leaf: LeafPlan) -> dict[str, str]:
     """Return which part of the adapter, ``"a"`` or ``"b"``, each packing holds."""
     letters = leaf.axes.replace(STACKED, "")
-    slow = letters[0] if configs.is_transposed(config, leaf.path) else letters[-1]
+    slow = letters[0] if lora_config.is_transposed(config, leaf.path) else letters[-1]
     return {SLOW: "a", FAST: "b"} if slow == IN else {SLOW: "b", FAST: "a"}
 
 
@@ -182,7 +182,7 @@ def wrappers(config: LoraConfig, held: Mapping[str, str]) -> Wrappers:
 def in_given_order(config: LoraConfig, among: Iterable[str]) -> list[str]:
     """Return the bare parameters among these paths, in the order of ``target_parameters``."""
     given = config.target_parameters or ()
-    found = {path: configs.parameter_name(config, path) for path in among}
+    found = {path: lora_config.parameter_name(config, path) for path in among}
     places = {path: given.index(name) for path, name in found.items() if name is not None}
     return sorted(places, key=lambda path: (places[path], path))
 
@@ -232,7 +232,7 @@ def told_apart(config: LoraConfig, adapted: Iterable[str]) -> tuple[set[str], li
     wrapped: dict[str, int] = {}
     for name in sorted(adapted):
         module = name.replace(WRAPPED, "")
-        if _held(config, module) and not configs.matches(config.target_modules, module):
+        if _held(config, module) and not lora_config.matches(config.target_modules, module):
             wrapped[module] = wrapped.get(module, 0) + 1
         else:
             modules.add(module)
@@ -251,7 +251,7 @@ def told_apart(config: LoraConfig, adapted: Iterable[str]) -> tuple[set[str], li
 def _held(config: LoraConfig, module: str) -> list[str]:
     """Return the parameters that ``target_parameters`` may mean in a module."""
     split = (name.rpartition(paths.SEPARATOR) for name in config.target_parameters or ())
-    return [name for owner, _, name in split if not owner or configs.matches((owner,), module)]
+    return [name for owner, _, name in split if not owner or lora_config.matches((owner,), module)]
 
 
 def in_jax(parameters: Iterable[str], names: Names, params: Any) -> dict[str, str | None]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ...core import paths
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 
 _MOST = 6
 
@@ -39,7 +39,7 @@ def hint(
 
 
 def _means(names: Any, path: str, dotted: str) -> bool:
-    return configs.matches(names, paths.module_of(path)) or configs.matches(names, dotted)
+    return lora_config.matches(names, paths.module_of(path)) or lora_config.matches(names, dotted)
 
 
 def _close(pattern: str, modules: Collection[str]) -> Collection[str]:

@@ -22,7 +22,7 @@ from ...core.adapter import (
     Entry,
     Full,
 )
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import ConfigError, raise_all
 from ...core.initializers import (
@@ -251,7 +251,7 @@ def plan(
     ):
         record.left_out.update(left_out.weights(traced, record))
     targets = select.targets(config, leaves, record)
-    if config.target_modules == configs.ALL_LINEAR:
+    if config.target_modules == lora_config.ALL_LINEAR:
         targets -= left_out.no_weights(traced, record) - select.bare(config, leaves)
     select.reject_pairs(targets, record)
     select.reject_shared(config, leaves, record)
@@ -276,7 +276,7 @@ def plan(
         for row in _decide(config, path, leaves, targets, saved, record, owners.get(path, ""))
     )
     adapted = tuple(row for row in rows if row.adapted)
-    if config.target_modules == configs.ALL_LINEAR and not adapted:
+    if config.target_modules == lora_config.ALL_LINEAR and not adapted:
         left_out.reject_nothing({row.path: row.why for row in rows if len(row.shape) > 1})
     left_out.warn(select.left_out(config, leaves, record))
     _check_slices(adapted)
@@ -322,14 +322,16 @@ def _decide(
     refused = record.rejected.get(path, {})
     # Used by no product, only as it is: any letters do, and these are a kernel's.
     letters = seen.axes or IN * (len(shape) - 1) + OUT
-    if configs.parameter_name(config, path) is not None:
+    if lora_config.parameter_name(config, path) is not None:
         letters = select.stacked_letters(letters)
-    r, alpha = configs.rank_and_alpha(config, owner or configs.name_in_patterns(config, path))
+    r, alpha = lora_config.rank_and_alpha(
+        config, owner or lora_config.name_in_patterns(config, path)
+    )
     whole = replace(
         seen,
         why="adapted",
         r=r,
-        scale=configs.scale(config, r, alpha),
+        scale=lora_config.scale(config, r, alpha),
         axes=letters,
         dense_gradient=any(site.dense_gradient for site in sites),
         materialized=next(iter(refused.values()), ""),
@@ -338,7 +340,7 @@ def _decide(
         masked=bool(config.alora_invocation_tokens),
         owner=owner,
     )
-    ranges = configs.slices(config, module) or (None,)
+    ranges = lora_config.slices(config, module) or (None,)
     return [replace(whole, columns=columns) for columns in ranges]
 
 

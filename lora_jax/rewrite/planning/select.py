@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ...core import paths
 from ...core.adapter import IN, OUT, STACKED
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import ALL_LINEAR, LoraConfig
 from ...core.errors import PlanError, raise_all
 from ..interpret import Record
@@ -31,7 +31,7 @@ def refuse_hanging(config: LoraConfig, leaves: Leaves) -> None:
         PlanError: names the pattern.
     """
     names = [name for path in leaves for name in (paths.module_of(path), path.replace("/", "."))]
-    raise_all(PlanError, "these patterns cannot be resolved", configs.hanging(config, names))
+    raise_all(PlanError, "these patterns cannot be resolved", lora_config.hanging(config, names))
 
 
 def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
@@ -41,7 +41,7 @@ def targets(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
 
 def bare(config: LoraConfig, leaves: Leaves) -> set[str]:
     """Return the parameters that ``target_parameters`` names."""
-    return {path for path in leaves if configs.parameter_name(config, path) is not None}
+    return {path for path in leaves if lora_config.parameter_name(config, path) is not None}
 
 
 def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
@@ -66,7 +66,7 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
         named -= _companions(config.target_modules, named, record)
         named = _matrices(config, named, record)
     excluded = {path for path in named if _named(config.exclude_modules, path)}
-    saved = {path for path in named if configs.is_saved(config, paths.module_of(path))}
+    saved = {path for path in named if lora_config.is_saved(config, paths.module_of(path))}
     chosen = {path for path in named - excluded - saved if could_adapt(leaves[path])}
     # PEFT adapts an nn.MultiheadAttention as a whole, by its name alone.
     whole = {attention[path] for path in chosen if paths.leaf_name(path) == paths.IN_PROJ}
@@ -75,7 +75,7 @@ def _of_modules(config: LoraConfig, leaves: Leaves, record: Record) -> set[str]:
 
 def is_no_linear(path: str, record: Record) -> str:
     """Return what a weight is if PEFT's ``all-linear`` does not mean it, by its use or name."""
-    head = configs.is_output_head(paths.module_of(path))
+    head = lora_config.is_output_head(paths.module_of(path))
     return "output head" if head else _other_kind(path, record)
 
 
@@ -90,15 +90,15 @@ def left_out(config: LoraConfig, leaves: Leaves, record: Record) -> dict[str, st
         if not is_no_linear(path, record)
         and path not in attention
         and not _named(config.exclude_modules, path)
-        and not configs.is_saved(config, paths.module_of(path))
+        and not lora_config.is_saved(config, paths.module_of(path))
         and not (_may_be_formed(config, path) and could_adapt(leaves[path]))
-        and configs.parameter_name(config, path) is None
+        and lora_config.parameter_name(config, path) is None
     }
 
 
 def _may_be_formed(config: LoraConfig, path: str) -> bool:
     """Tell whether ``W + s·A·B`` may be formed of a weight; none that is holds a bias."""
-    return configs.materializes(config, paths.module_of(path)) and not config.lora_bias
+    return lora_config.materializes(config, paths.module_of(path)) and not config.lora_bias
 
 
 def owners(targets: set[str]) -> dict[str, str]:
@@ -168,7 +168,7 @@ def saved(config: LoraConfig, leaves: Leaves, targets: set[str]) -> set[str]:
 
     def whole(path: str) -> bool:
         module = paths.module_of(path)
-        if configs.is_saved(config, module):
+        if lora_config.is_saved(config, module):
             return jnp.issubdtype(leaves[path].dtype, jnp.inexact)
         if paths.leaf_name(path) not in paths.BIAS_NAMES:
             return False
@@ -197,7 +197,7 @@ def check(config: LoraConfig, targets: set[str], leaves: Leaves, record: Record)
         and not could_adapt(leaves[path])
         and _is_target(config, path)
         and not _named(config.exclude_modules, path)
-        and not configs.is_saved(config, paths.module_of(path))
+        and not lora_config.is_saved(config, paths.module_of(path))
     ]
     for path in sorted(targets):
         if not _may_be_formed(config, path):
@@ -250,7 +250,8 @@ def _companions(names: Any, named: set[str], record: Record) -> set[str]:
     return {
         path
         for path in named - weights
-        if paths.module_of(path) in modules and not configs.matches(names, path.replace("/", "."))
+        if paths.module_of(path) in modules
+        and not lora_config.matches(names, path.replace("/", "."))
     }
 
 
@@ -273,11 +274,11 @@ def _is_bias(path: str) -> bool:
 
 def _named(names: Any, path: str) -> bool:
     module = paths.module_of(path)
-    return configs.matches(names, module) or configs.matches(names, path.replace("/", "."))
+    return lora_config.matches(names, module) or lora_config.matches(names, path.replace("/", "."))
 
 
 def _is_target(config: LoraConfig, path: str) -> bool:
-    chosen = configs.in_chosen_layer(config, path.replace("/", "."))
+    chosen = lora_config.in_chosen_layer(config, path.replace("/", "."))
     return chosen and _named(config.target_modules, path)
 
 
@@ -321,7 +322,7 @@ def _why(config: LoraConfig, path: str, leaves: Leaves, record: Record) -> str:
         return f"{leaf.dtype}{tuple(leaf.shape)}, no matrix of floating point"
     if _named(config.exclude_modules, path):
         return "exclude_modules takes it out"
-    chosen = configs.in_chosen_layer(config, path.replace("/", "."))
+    chosen = lora_config.in_chosen_layer(config, path.replace("/", "."))
     return "" if chosen else "layers_to_transform leaves its layer out"
 
 
@@ -329,7 +330,7 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
     """Yield every field and pattern that has no effect."""
     names = config.target_modules
     for name in () if names == ALL_LINEAR or names is None else _each(names):
-        kept = (path for path in leaves if configs.is_saved(config, paths.module_of(path)))
+        kept = (path for path in leaves if lora_config.is_saved(config, paths.module_of(path)))
         if not any(_named(_alike(names, name), path) for path in (*targets, *kept)):
             yield "target_modules", name
     for name in _each(config.exclude_modules):
@@ -342,26 +343,28 @@ def _unmatched(config: LoraConfig, targets: set[str], leaves: Leaves) -> Iterato
     for layer in (wanted,) if isinstance(wanted, int) else wanted or ():
         one = replace(config, layers_to_transform=layer)
         of_modules = targets - bare(config, leaves)
-        if not any(configs.in_chosen_layer(one, path.replace("/", ".")) for path in of_modules):
+        if not any(lora_config.in_chosen_layer(one, path.replace("/", ".")) for path in of_modules):
             yield "layers_to_transform", str(layer)
     saved = config.modules_to_save or ()
     # PEFT lists every head name it knows, so one that fits is enough.
-    if saved and not any(configs.is_saved(config, paths.module_of(path)) for path in leaves):
+    if saved and not any(lora_config.is_saved(config, paths.module_of(path)) for path in leaves):
         yield "modules_to_save", ", ".join(saved)
     owner = owners(targets)
     for field_name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field_name):
-            modules = (owner.get(path, configs.name_in_patterns(config, path)) for path in targets)
-            if not any(configs.hits(pattern, module) for module in modules):
+            modules = (
+                owner.get(path, lora_config.name_in_patterns(config, path)) for path in targets
+            )
+            if not any(lora_config.hits(pattern, module) for module in modules):
                 yield field_name, pattern
     for pattern in config.output_slices:
         modules = (owner.get(path, paths.module_of(path)) for path in targets)
-        if not any(configs.hits(pattern, module) for module in modules):
+        if not any(lora_config.hits(pattern, module) for module in modules):
             yield "output_slices", pattern
     named = () if config.on_unsupported in ("error", "materialize") else config.on_unsupported
     for name in _each(named):
         one = _alike(config.on_unsupported, name)
-        if not any(configs.matches(one, paths.module_of(path)) for path in leaves):
+        if not any(lora_config.matches(one, paths.module_of(path)) for path in leaves):
             yield "on_unsupported", name
 
 
@@ -386,7 +389,7 @@ def _bare_problems(config: LoraConfig, leaves: Leaves, record: Record) -> Iterat
             yield f"{path}: got {leaves[path].dtype}{shape}, wanted floating point, 2 or 3 axes"
         if path in twice:
             yield f"{path}: target_modules means it, too"
-        if configs.is_saved(config, paths.module_of(path)):
+        if lora_config.is_saved(config, paths.module_of(path)):
             yield f"{path}: modules_to_save trains it in full"
 
 

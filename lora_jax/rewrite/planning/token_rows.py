@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...core import paths, token_indices
-from ...core.config import lora_config as configs
+from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import PlanError, raise_all
 from ..interpret import Record
@@ -41,7 +41,7 @@ def rows(
     if not isinstance(given, Mapping):
         wanted = {_input_embedding(matrices, record): [tuple(given)]}
     else:
-        named = {path: configs.tokens_of(config, paths.module_of(path)) for path in matrices}
+        named = {path: lora_config.tokens_of(config, paths.module_of(path)) for path in matrices}
         wanted = {path: found for path, found in named.items() if found}
         raise_all(
             PlanError,
@@ -88,7 +88,7 @@ def check_tied(config: LoraConfig, saved: set[str], record: Record) -> None:
 def tied_head(pattern: str, record: Record) -> str:
     """Return what to add where a pattern means an output head that has no weight of its own."""
     shared = ", ".join(_tied(record))
-    is_head = any(map(configs.is_output_head, pattern.split(", ")))
+    is_head = any(map(lora_config.is_output_head, pattern.split(", ")))
     return f" (the output head is tied, it shares {shared})" if shared and is_head else ""
 
 
@@ -143,7 +143,7 @@ def _misuses(path: str, leaves: Leaves, record: Record) -> list[str]:
     module = paths.module_of(path)
     if _looked_up(path, record):
         return []
-    if not configs.is_output_head(module):
+    if not lora_config.is_output_head(module):
         return ["no rows of it are looked up, and it is no output head by its name"]
     biased = any(
         paths.leaf_name(other) in paths.BIAS_NAMES and paths.module_of(other) == module

@@ -3,8 +3,8 @@
 from . import (
     calls,
     choices,
-    complex_weights,
     derivatives,
+    factors,
     identities,
     lookups,
     products,
@@ -17,7 +17,7 @@ from . import (
 __all__ = [
     "calls",
     "choices",
-    "complex_weights",
+    "factors",
     "derivatives",
     "identities",
     "lookups",

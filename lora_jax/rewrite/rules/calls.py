@@ -1,4 +1,4 @@
-"""Rules for functions inside the function: jit, remat, loops, branches and shards."""
+"""``jit``, ``checkpoint``, ``scan``, ``while``, ``cond``, ``shard_map``: functions inside."""
 
 from __future__ import annotations
 

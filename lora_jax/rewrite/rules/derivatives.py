@@ -1,4 +1,4 @@
-"""Rules for functions with derivatives of their authors' own.
+"""``custom_jvp`` and ``custom_vjp``: functions with derivatives of their authors' own.
 
 The author's rule is traced on arrays of the weight's shape and run on the factored weight. It is
 asked for what is differentiated alone: constants that the function reads, flags, and arguments

@@ -1,4 +1,4 @@
-"""Rules for what says where a weight is kept, or by what name, and changes none of its values."""
+"""``checkpoint_name`` and ``device_put``: rules for what changes none of a weight's values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for lookups: rows of an embedding, and the matrices of a stack, by indices."""
+"""``gather``: rows of an embedding, and the matrices of a stack, by indices."""
 
 from __future__ import annotations
 

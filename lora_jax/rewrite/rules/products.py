@@ -1,4 +1,4 @@
-"""Rules for products: the sites, where a weight meets the data."""
+"""``dot_general``, convolutions, ragged products: the sites, where a weight meets the data."""
 
 from __future__ import annotations
 

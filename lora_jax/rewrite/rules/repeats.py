@@ -1,4 +1,4 @@
-"""Rules for what repeats a weight along its own axes, as grouped-query attention does its heads."""
+"""``tile``: a weight repeated along its own axes, as grouped-query attention does its heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for structure: what moves a weight's axes without using its values."""
+"""``transpose``, ``reshape``, ``slice``, ``concatenate``, ``reshard``, …: what moves a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for sums of weights: the sum of two low-rank changes is one of both ranks."""
+"""``add``, ``sub``, ``reduce_sum`` of weights: the sum of two low-rank changes has both ranks."""
 
 from __future__ import annotations
 

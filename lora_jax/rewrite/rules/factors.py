@@ -1,4 +1,4 @@
-"""Rules for numbers that multiply a weight, and for complex weights.
+"""Numbers that multiply a weight: ``neg``, ``mul``, ``div``, ``conj``; casts; complex weights.
 
 A and B are real, so ``ΔW`` is, until the function multiplies the weight with a complex number. From
 there on A and B are complex, too: what is true of ``W + s·A·B`` holds for all that follows.

@@ -1,4 +1,4 @@
-"""Heads that a file's task type means, as PEFT's model classes do; pure functions.
+"""Heads that a file's ``task_type`` trains though ``modules_to_save`` does not say so.
 
 PEFT's classes for these tasks train the head in full and save it, whatever ``modules_to_save``
 says; older versions left the field as it was.
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..core import paths
-from ..core.config import lora_config as configs
+from ..core.config import lora_config
 from .config_json import AdapterFile
 from .keys import PREFIX
 
@@ -49,7 +49,7 @@ def with_heads(file: AdapterFile, keys: Iterable[str]) -> AdapterFile:
         head
         for head in heads(file)
         if any(
-            configs.is_saved(replace(file.config, modules_to_save=(head,)), module)
+            lora_config.is_saved(replace(file.config, modules_to_save=(head,)), module)
             for module in modules
         )
     ]

@@ -1,4 +1,4 @@
-"""What the layers of both Flax front ends share; it knows no Flax."""
+"""What ``linen/layers`` and ``nnx/layers`` share: scale, axes, the low-rank path; no Flax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .adapter import (
     STACKED,
     Adapter,
 )
-from .config import lora_config as configs
+from .config import lora_config
 from .config.lora_config import LoraConfig
 from .errors import ConfigError, raise_all
 from .initializers import init_problems
@@ -67,7 +67,7 @@ def adapter_of(
     'sio'
     """
     further = a.ndim - 1 - axes.count(STACKED) - axes.count(IN)
-    scale = configs.scale(config, config.r, config.lora_alpha)
+    scale = lora_config.scale(config, config.r, config.lora_alpha)
     return Adapter(a, b, scale, STACKED * further + axes, config.lora_dropout)
 
 

@@ -1,4 +1,4 @@
-"""What a call makes of a model's structure: variables that it creates, numbers that it counts."""
+"""Writes what a call changed (new variables, counters) back to an NNX model."""
 
 from __future__ import annotations
 
