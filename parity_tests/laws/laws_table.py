@@ -22,7 +22,7 @@ Written by `python -m parity_tests.laws.laws_table`, from the tests' own tables.
 - merging: the merged weights give the same outputs.
 - gradient: A and B get the chain rule's share of the merged weight's gradient.
 - frugality: the compiled step computes nothing of a weight's size beyond what the base does.
-- purity: the parameters are bitwise unchanged.
+- purity: the parameters are bitwise unchanged, and op by op the values are the compiled ones.
 - transforms: `jit`, `checkpoint` and `vmap` over adapters change nothing.
 - planning: axes and sites are read off the function; nothing is skipped.
 - agreement: what planning accepts the call does, what it refuses the call refuses; with
