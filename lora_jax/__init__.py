@@ -1,36 +1,13 @@
 """LoRA for any JAX function, in PEFT's terms and files."""
 
-from .adapters.arithmetic import (
-    add,
-    rename,
-    scale_by,
-    subtract,
-)
+from .adapters.arithmetic import add, rename, scale_by, subtract
 from .adapters.combine import combination_error, combine
 from .adapters.extract import extract, without_dora
-from .adapters.inits import (
-    eva_ranks,
-    for_changed_base,
-    initialise,
-    relative_to,
-)
+from .adapters.inits import eva_ranks, for_changed_base, initialise, relative_to
 from .adapters.merge import merge, merge_report
 from .adapters.resize import resize
-from .adapters.stack import (
-    Stacked,
-    map_adapters,
-    per_example,
-    rescale,
-    select,
-    stack,
-    unstack,
-)
-from .core.adapter import (
-    Adapter,
-    Adapters,
-    Full,
-    Rows,
-)
+from .adapters.stack import Stacked, map_adapters, per_example, rescale, select, stack, unstack
+from .core.adapter import Adapter, Adapters, Full, Rows
 from .core.alora import alora_mask
 from .core.config.lora_config import LoraConfig
 from .core.errors import LoraError

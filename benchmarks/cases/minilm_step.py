@@ -23,13 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import (
-    Adapter,
-    LoraConfig,
-    Plan,
-    lora,
-    save_pretrained,
-)
+from lora_jax import Adapter, LoraConfig, Plan, lora, save_pretrained
 from lora_jax.core.adapter import Entry
 from lora_jax.models import assets
 from lora_jax.train import data, reading
@@ -38,13 +32,7 @@ from lora_jax.train.data import Batch
 from lora_jax.train.step import make_step, optimizer, start
 
 from ..case import Case, Contestant, Work
-from ..contestants.common import (
-    jax_settings,
-    torch_device,
-    torch_ready,
-    torch_settings,
-    torch_work,
-)
+from ..contestants.common import jax_settings, torch_device, torch_ready, torch_settings, torch_work
 
 ROWS, TOKENS, BATCHES = 16, 64, 8
 COMPUTED = ROWS * TOKENS * 3 // 4

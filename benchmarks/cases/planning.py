@@ -18,12 +18,7 @@ from lora_jax import plan
 from lora_jax.core import paths
 
 from ..case import Case, Contestant, Work
-from ..contestants.common import (
-    jax_settings,
-    torch_ready,
-    torch_settings,
-    torch_work,
-)
+from ..contestants.common import jax_settings, torch_ready, torch_settings, torch_work
 from . import decoder, rewrite_trace
 from .decoder import Sizes
 

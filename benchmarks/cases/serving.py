@@ -25,13 +25,7 @@ import numpy as np
 from lora_jax import lora, per_example, select, stack
 
 from ..case import Case, Contestant, Needed, Work
-from ..contestants.common import (
-    compiled,
-    jax_settings,
-    torch_ready,
-    torch_settings,
-    torch_work,
-)
+from ..contestants.common import compiled, jax_settings, torch_ready, torch_settings, torch_work
 from . import stack as model
 from .stack import Pairs, Sizes
 

@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..case import Arrays, Unsupported, Work
-from ..contestants.common import (
-    on_host,
-    torch_arrays,
-    torch_ready,
-    torch_work,
-)
+from ..contestants.common import on_host, torch_arrays, torch_ready, torch_work
 from . import decoder, smollm_jax, smollm_model
 from .decoder import Params, Sizes
 from .smollm_model import LEARNING_RATE, MODULES, WEIGHT_DECAY, Task

@@ -12,12 +12,7 @@ import jax
 from lora_jax import __version__
 from lora_jax.rewrite.frugality import count
 
-from ..case import (
-    Arrays,
-    Unsupported,
-    Work,
-    as_arrays,
-)
+from ..case import Arrays, Unsupported, Work, as_arrays
 from ..measure.environment import cores
 
 

@@ -14,12 +14,7 @@ import jax.numpy as jnp
 
 from ..case import Unsupported, Work
 from .layer import SCALE, Layer, draw
-from .layer_jax import (
-    layer_work,
-    nnx_work,
-    pair,
-    placed,
-)
+from .layer_jax import layer_work, nnx_work, pair, placed
 
 
 def flax_nnx(layer: Layer) -> Work:

@@ -8,21 +8,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from ..case import (
-    Arrays,
-    BenchmarkError,
-    Case,
-    Contestant,
-    Needed,
-    Unsupported,
-    Work,
-)
-from . import (
-    checking,
-    environment,
-    profiling,
-    turns,
-)
+from ..case import Arrays, BenchmarkError, Case, Contestant, Needed, Unsupported, Work
+from . import checking, environment, profiling, turns
 from .profiling import Operation
 from .turns import Clock
 

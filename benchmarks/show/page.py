@@ -12,23 +12,9 @@ from lora_jax.parity.reports.templating import template
 
 from ..case import BenchmarkError
 from ..measure.harness import Result
-from .plots import (
-    DARK,
-    LIGHT,
-    Picture,
-    pictures,
-)
+from .plots import DARK, LIGHT, Picture, pictures
 from .report import Report
-from .rows import (
-    HEADINGS,
-    PROFILE,
-    Row,
-    checked,
-    facts,
-    operations,
-    rows,
-    stated,
-)
+from .rows import HEADINGS, PROFILE, Row, checked, facts, operations, rows, stated
 from .series import contestants
 
 TEMPLATE = "report.html.jinja"

@@ -17,13 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from ..measure.limits import Limits
 from ..measure.stats import Comparison
 from .report import Report
-from .series import (
-    Scaling,
-    contestants,
-    points,
-    ratios,
-    scalings,
-)
+from .series import Scaling, contestants, points, ratios, scalings
 
 # Inches and dots: a phone shows the width in full, with letters of 10 pixels.
 WIDTH, DPI = 4.2, 190

@@ -14,15 +14,7 @@ from ..measure.stats import Comparison
 from .attempts import Attempt
 from .goals import COMPILE, Outcome
 from .report import Report, comparisons
-from .rows import (
-    HEADINGS,
-    PROFILE,
-    checked,
-    facts,
-    operations,
-    rows,
-    stated,
-)
+from .rows import HEADINGS, PROFILE, checked, facts, operations, rows, stated
 
 HEAD = """# Results of the benchmarks
 

@@ -13,14 +13,7 @@ from ..measure.limits import Limits
 from ..measure.stats import CONFIDENCE
 from .growth import Found, Slope, growths
 from .report import Report
-from .rows import (
-    HEADINGS,
-    PROFILE,
-    checked,
-    facts,
-    operations,
-    rows,
-)
+from .rows import HEADINGS, PROFILE, checked, facts, operations, rows
 
 # A file or a pipe takes the tables unbroken.
 WIDE = 160

@@ -18,13 +18,7 @@ from rich.console import Console
 from benchmarks import cases
 from benchmarks.case import BenchmarkError, Case, Contestant, Needed, Unsupported, Work
 from benchmarks.contestants.common import compiled
-from benchmarks.measure import (
-    environment,
-    harness,
-    limits,
-    memory,
-    stats,
-)
+from benchmarks.measure import environment, harness, limits, memory, stats
 from benchmarks.measure.limits import Limits
 from benchmarks.show import report, rows, tables
 from benchmarks.tests.clock import ROUNDS, Bench

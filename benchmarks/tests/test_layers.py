@@ -15,12 +15,7 @@ import pytest
 from benchmarks.case import BenchmarkError, Contestant, Unsupported, Work
 from benchmarks.cases import layers
 from benchmarks.contestants import layer_peers, layer_torch
-from benchmarks.contestants.layer import (
-    SCALE,
-    Given,
-    Layer,
-    draw,
-)
+from benchmarks.contestants.layer import SCALE, Given, Layer, draw
 from benchmarks.measure import harness
 
 TINY = (5, 12, 7, 3)

@@ -15,12 +15,7 @@ from benchmarks.case import Case, Contestant, Work
 from benchmarks.contestants import common
 from benchmarks.measure import harness, profiling
 from benchmarks.measure.profiling import Operation
-from benchmarks.show import (
-    report,
-    results,
-    rows,
-    tables,
-)
+from benchmarks.show import report, results, rows, tables
 from benchmarks.show.page import to_html
 from benchmarks.tests import reports
 

@@ -11,12 +11,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks.case import BenchmarkError
 from benchmarks.cases import CASES
-from benchmarks.show import (
-    attempts,
-    goals,
-    results,
-    rows,
-)
+from benchmarks.show import attempts, goals, results, rows
 from benchmarks.show.report import comparisons
 from benchmarks.tests import reports
 

@@ -9,14 +9,7 @@ from ..core import paths
 from ..core.adapter import Adapter, Adapters, Entry
 from ..core.buffers import apart
 from ..core.errors import AdapterError, raise_all
-from .svd import (
-    concatenated,
-    factors,
-    misfits,
-    pairs_of,
-    scale_of,
-    with_factors,
-)
+from .svd import concatenated, factors, misfits, pairs_of, scale_of, with_factors
 
 HEADING = "these adapters cannot be combined"
 

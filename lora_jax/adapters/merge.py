@@ -14,13 +14,7 @@ from jax.core import Tracer
 from ..core import delta as changes
 from ..core import lowrank, paths
 from ..core import token_rows as rows_of
-from ..core.adapter import (
-    Adapter,
-    Adapters,
-    Full,
-    Rows,
-    check_fit,
-)
+from ..core.adapter import Adapter, Adapters, Full, Rows, check_fit
 from ..core.alora import refuse_masked
 from ..core.buffers import apart
 from ..core.errors import AdapterError, raise_all

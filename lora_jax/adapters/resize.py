@@ -8,12 +8,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ..core.adapter import (
-    Adapter,
-    Adapters,
-    Entry,
-    rank,
-)
+from ..core.adapter import Adapter, Adapters, Entry, rank
 from ..core.buffers import apart
 from ..core.errors import AdapterError, raise_all
 from ..core.initializers import fold_in_path, kaiming_uniform

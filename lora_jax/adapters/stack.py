@@ -20,17 +20,7 @@ from jaxtyping import Array, Bool, Inexact, Int
 
 from ..core import lowrank, paths
 from ..core import token_rows as rows
-from ..core.adapter import (
-    STACKED,
-    Adapter,
-    Adapters,
-    Entry,
-    Full,
-    Rows,
-    is_number,
-    pytree,
-    rank,
-)
+from ..core.adapter import STACKED, Adapter, Adapters, Entry, Full, Rows, is_number, pytree, rank
 from ..core.buffers import apart
 from ..core.errors import AdapterError, raise_all
 from ..core.serialization import register

@@ -16,14 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..core.adapter import (
-    STACKED,
-    Adapter,
-    Adapters,
-    Full,
-    Rows,
-    rank,
-)
+from ..core.adapter import STACKED, Adapter, Adapters, Full, Rows, rank
 from ..core.lowrank import accumulation_dtype
 
 # (s, in, r) and (s, r, out); ranks differ where several of them meet.

@@ -14,12 +14,7 @@ import safetensors
 
 from ..core.errors import AssetError, raise_all
 from ..core.io import lfs_pointers
-from ..core.io.intake import (
-    is_inside,
-    problem_of,
-    reason,
-    require_regular,
-)
+from ..core.io.intake import is_inside, problem_of, reason, require_regular
 from ..core.io.journal import PREFIX, settle
 from ..core.shown_text import listed
 from ..peft.download import read_index

@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.shown_text import escaped, shortened
 from ..parity.reports.checks import Check
-from ..train.finetune import (
-    FinetuneOptions,
-    Note,
-    Planned,
-    Result,
-)
+from ..train.finetune import FinetuneOptions, Note, Planned, Result
 from ..train.loop import EpochEvent, StepEvent, StopEvent
 from .stdout import message
 

@@ -12,12 +12,7 @@ import safetensors
 
 from ..core.errors import AdapterError
 from ..core.io import lfs_pointers
-from ..core.io.intake import (
-    parse_json,
-    read_bytes,
-    reason,
-    require_regular,
-)
+from ..core.io.intake import parse_json, read_bytes, reason, require_regular
 from ..core.shown_text import escaped
 from ..core.text_tables import table
 from ..peft import AdapterFile, renamed_families

@@ -12,14 +12,7 @@ import numpy as np
 from ..adapters.arithmetic import subtract
 from ..adapters.resize import delta_norm
 from ..adapters.svd import misfits, pairs_of, ratio
-from ..core.adapter import (
-    Adapter,
-    Adapters,
-    Entry,
-    Full,
-    Rows,
-    rank,
-)
+from ..core.adapter import Adapter, Adapters, Entry, Full, Rows, rank
 from ..core.config.peft_fields import DEFAULTS
 from ..core.errors import AdapterError, raise_all
 from ..core.shown_text import escaped

@@ -12,14 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.resize import delta_norm, effective_rank
-from ..core.adapter import (
-    Adapter,
-    Adapters,
-    Full,
-    Rows,
-    count,
-    rank,
-)
+from ..core.adapter import Adapter, Adapters, Full, Rows, count, rank
 from ..core.shown_text import escaped
 from ..core.text_tables import table
 from ..peft import AdapterFile

@@ -23,14 +23,7 @@ from ..train.loop import Interrupted, NotFinite
 from ..train.predict import Prediction, merge_to, predict
 from ..train.reading import read_texts
 from . import parity, stdout
-from .console import (
-    Reporter,
-    Unbreakable,
-    counted,
-    silence,
-    summarise,
-    warn,
-)
+from .console import Reporter, Unbreakable, counted, silence, summarise, warn
 
 DESCRIPTION = """LoRA fine-tuning in JAX, with PEFT's adapter files.
 

@@ -10,21 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from ..adapters.merge import (
-    Rounding,
-    overflow,
-    rounding,
-    warnings_of,
-)
+from ..adapters.merge import Rounding, overflow, rounding, warnings_of
 from ..adapters.svd import pairs_of
 from ..core import lowrank, paths
 from ..core import token_rows as rows
-from ..core.adapter import (
-    Adapter,
-    Entry,
-    Full,
-    Rows,
-)
+from ..core.adapter import Adapter, Entry, Full, Rows
 from ..core.alora import refuse_masked
 from ..core.delta import merged, scaled_bias
 from ..core.errors import AdapterError, OutputError, raise_all
@@ -38,13 +28,7 @@ from ..peft.module_tensors import LOOKED_UP
 from ..peft.tensors import changed_base
 from ..peft.without_model import look
 from ..rewrite.planning.token_rows import is_input_embedding
-from .checkpoint import (
-    Checkpoint,
-    LeftOut,
-    copy_others,
-    read_checkpoint,
-    read_file,
-)
+from .checkpoint import Checkpoint, LeftOut, copy_others, read_checkpoint, read_file
 from .stored_weights import (
     biases,
     family_of,

@@ -17,24 +17,12 @@ from ..core.io.intake import read_bytes, reason
 from ..core.shown_text import escaped
 from ..core.text_tables import table
 from ..parity.compare import compare
-from ..parity.mutants.gate import (
-    SUITE,
-    KillMatrix,
-    by_judge,
-    compiled_once,
-    gate,
-    gate_checks,
-)
+from ..parity.mutants.gate import SUITE, KillMatrix, by_judge, compiled_once, gate, gate_checks
 from ..parity.reports.checks import LEVELS, Check, CheckResult
 from ..parity.reports.differences import differences
 from ..parity.reports.markdown import to_markdown
 from ..parity.reports.page import to_html
-from ..parity.reports.report import (
-    Report,
-    environment,
-    from_json,
-    to_json,
-)
+from ..parity.reports.report import Report, environment, from_json, to_json
 from ..parity.reports.summary import PAIR, ratio_text, sentences
 from ..parity.reports.templating import INSTALL
 from ..train import option_limits

@@ -16,12 +16,7 @@ import jax
 
 from ..core.errors import OutputError
 from ..core.io.intake import reason
-from ..core.shown_text import (
-    LONGEST,
-    escaped,
-    escaped_lines,
-    shortened,
-)
+from ..core.shown_text import LONGEST, escaped, escaped_lines, shortened
 
 # Longer messages than this are nobody's to read.
 _LONGEST_MESSAGE = 10 * LONGEST

@@ -10,22 +10,12 @@ import numpy as np
 
 from ..adapters.svd import pairs_of
 from ..core import paths, token_indices
-from ..core.adapter import (
-    Adapter,
-    Entry,
-    Full,
-    Rows,
-)
+from ..core.adapter import Adapter, Entry, Full, Rows
 from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig, matches
 from ..core.errors import AdapterError, AssetError, raise_all
 from ..core.io import lfs_pointers
-from ..core.io.intake import (
-    parse_json,
-    problem_of,
-    read_bytes,
-    reason,
-)
+from ..core.io.intake import parse_json, problem_of, read_bytes, reason
 from ..peft import renamed_families
 from ..peft.base_weights import is_vocabulary
 from ..peft.module_tensors import LINEAR, LOOKED_UP

@@ -13,12 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
 from . import delta, lowrank
-from .adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-)
+from .adapter import IN, OUT, STACKED, Adapter
 
 
 def conv(

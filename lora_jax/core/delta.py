@@ -16,13 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
 from . import lowrank, sharding
-from .adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    is_number,
-)
+from .adapter import IN, OUT, STACKED, Adapter, is_number
 
 Axes = Sequence[int]
 

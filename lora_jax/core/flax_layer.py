@@ -9,12 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact, Key
 
 from . import lowrank
-from .adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-)
+from .adapter import IN, OUT, STACKED, Adapter
 from .config import lora_config
 from .config.lora_config import LoraConfig
 from .errors import ConfigError, raise_all

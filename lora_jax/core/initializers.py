@@ -18,14 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .adapter import (
-    IN,
-    OUT,
-    STACKED,
-    a_shape,
-    b_shape,
-    pick,
-)
+from .adapter import IN, OUT, STACKED, a_shape, b_shape, pick
 from .torch_rng import TorchGenerator
 
 Pair = tuple[Float[Array, "stacked in_ r"], Float[Array, "stacked r out"]]

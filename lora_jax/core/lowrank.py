@@ -18,14 +18,7 @@ from jax import lax, random
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key
 
-from .adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    is_number,
-    pick,
-)
+from .adapter import IN, OUT, STACKED, Adapter, is_number, pick
 from .xla import product_layout
 from .xla.trace_once import inlined
 

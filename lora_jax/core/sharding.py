@@ -14,13 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
-from .adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    pick,
-)
+from .adapter import IN, OUT, STACKED, Adapter, pick
 
 _ARRAYS = ("a", "b", "magnitude", "bias")
 
@@ -122,7 +116,11 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
     return kind
 
 
+def names_of(entry: Any) -> tuple[str, ...]:
+    """Return the axes of a mesh that an entry of a ``PartitionSpec`` names."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
 def _only(entry: Any, wanted: Any) -> Any:
     """Return those names of one entry of a ``PartitionSpec`` that are wanted."""
-    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-    return tuple(name for name in names if wanted(name)) or None
+    return tuple(filter(wanted, names_of(entry))) or None

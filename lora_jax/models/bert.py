@@ -15,12 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from ..core.errors import (
-    AssetError,
-    ConfigError,
-    DataError,
-    raise_all,
-)
+from ..core.errors import AssetError, ConfigError, DataError, raise_all
 from ..core.io import lfs_pointers
 from ..core.io.intake import parse_json, read_bytes
 from .packing import Packing, Unpacked, packing

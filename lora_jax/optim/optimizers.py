@@ -20,20 +20,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ..core import paths
-from ..core.adapter import (
-    STACKED,
-    Adapter,
-    is_number,
-    rank,
-)
+from ..core.adapter import STACKED, Adapter, is_number, rank
 from ..core.errors import AdapterError, raise_all
 from ..core.lowrank import accumulation_dtype
-from .adam import (
-    Number,
-    Rate,
-    adamw,
-    adamw_decayed_last,
-)
+from .adam import Number, Rate, adamw, adamw_decayed_last
 from .adapter_entries import entries, labelled, map_pairs
 
 Recipe = Callable[[Rate, Number], optax.GradientTransformation]

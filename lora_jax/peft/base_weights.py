@@ -22,12 +22,7 @@ from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
 from ..rewrite.planning.token_rows import is_input_embedding
-from .keys import (
-    PREFIX,
-    file_axes,
-    file_shape,
-    is_held,
-)
+from .keys import PREFIX, file_axes, file_shape, is_held
 from .names.naming import Names, name_of
 
 # What transformers call the layer that gives the logits of a vocabulary.

@@ -23,21 +23,8 @@ from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..rewrite import LeafPlan, Plan
 from . import checks
-from .keys import (
-    BIAS,
-    HALVED,
-    MAGNITUDE,
-    PREFIX,
-    is_held,
-)
-from .names.naming import (
-    Names,
-    Place,
-    name_of,
-    origins,
-    places,
-    torch_names,
-)
+from .keys import BIAS, HALVED, MAGNITUDE, PREFIX, is_held
+from .names.naming import Names, Place, name_of, origins, places, torch_names
 from .shapes import experts, fused
 from .shapes.attention import scaled_alpha
 

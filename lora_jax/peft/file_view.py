@@ -16,16 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import paths
-from ..core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    Adapters,
-    Entry,
-    Full,
-    pick,
-)
+from ..core.adapter import IN, OUT, STACKED, Adapter, Adapters, Entry, Full, pick
 from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
@@ -33,13 +24,7 @@ from ..rewrite import LeafPlan, Plan
 from .keys import PREFIX
 from .names.naming import Names, places
 from .shapes import fused
-from .shapes.attention import (
-    FILE,
-    Ranks,
-    Sides,
-    scaled_alpha,
-    whole,
-)
+from .shapes.attention import FILE, Ranks, Sides, scaled_alpha, whole
 from .shapes.fused import Flat, Group
 
 Back = Callable[[Adapters], tuple[dict[str, Entry], list[str]]]

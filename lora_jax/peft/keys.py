@@ -18,12 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import paths
-from ..core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    pick,
-)
+from ..core.adapter import IN, OUT, STACKED, pick
 from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all

@@ -11,12 +11,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from ..core.adapter import (
-    IN,
-    OUT,
-    Adapter,
-    rank,
-)
+from ..core.adapter import IN, OUT, Adapter, rank
 from .keys import BIAS, MAGNITUDE, PREFIX
 
 # The axes that a weight has in PyTorch; a convolution's kernel has further ``i`` for its window.

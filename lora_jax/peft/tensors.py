@@ -10,27 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core import paths
-from ..core.adapter import (
-    Adapter,
-    Adapters,
-    Entry,
-    Full,
-    Rows,
-)
+from ..core.adapter import Adapter, Adapters, Entry, Full, Rows
 from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from ..core.initializers import changes_base
 from ..rewrite import LeafPlan, Plan
-from .keys import (
-    PREFIX,
-    Names,
-    Slot,
-    from_matrices,
-    shapes,
-    slots,
-    to_matrix,
-)
+from .keys import PREFIX, Names, Slot, from_matrices, shapes, slots, to_matrix
 from .spellings import owner
 
 

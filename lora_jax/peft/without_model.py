@@ -14,36 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core import paths
-from ..core.adapter import (
-    Adapter,
-    Adapters,
-    Entry,
-    Full,
-    Rows,
-    rank,
-)
+from ..core.adapter import Adapter, Adapters, Entry, Full, Rows, rank
 from ..core.config import lora_config
 from ..core.config.lora_config import LoraConfig
 from ..core.errors import AdapterError, raise_all
 from .base_weights import is_vocabulary
-from .checks import (
-    idle,
-    refuse_hanging,
-    row_problems,
-    rows_of,
-    target_problems,
-)
+from .checks import idle, refuse_hanging, row_problems, rows_of, target_problems
 from .config_json import AdapterFile
 from .download import located
 from .files import load_adapter_file, read_weights, write_directory
 from .keys import PREFIX, ROWS
-from .module_tensors import (
-    LINEAR,
-    LOOKED_UP,
-    in_file,
-    is_written,
-    part_of,
-)
+from .module_tensors import LINEAR, LOOKED_UP, in_file, is_written, part_of
 from .module_tensors import problems as part_problems
 from .module_tensors import read as read_parts
 from .names.naming import EMBEDDING

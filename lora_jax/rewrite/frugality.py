@@ -21,17 +21,7 @@ from jax.extend import core
 
 from ..core import lowrank
 from ..core import token_rows as rows
-from ..core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    Adapters,
-    Rows,
-    check_fit,
-    pick,
-    rank,
-)
+from ..core.adapter import IN, OUT, STACKED, Adapter, Adapters, Rows, check_fit, pick, rank
 from ..core.contractions import smaller_formed
 from ..core.errors import PlanError
 from .flops import count

@@ -7,12 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    pick,
-)
+from ..core.adapter import IN, OUT, STACKED, pick
 from ..core.xla.product_layout import Size
 from .registry import Unsupported
 from .weight import LoraWeight, dense, use

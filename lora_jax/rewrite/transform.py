@@ -6,13 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..core import delta, paths, token_rows
-from ..core.adapter import (
-    Adapter,
-    Adapters,
-    Full,
-    Rows,
-    check_fit,
-)
+from ..core.adapter import Adapter, Adapters, Full, Rows, check_fit
 from ..core.alora import check_active, masked
 from ..core.errors import AdapterError, raise_all
 from . import signature

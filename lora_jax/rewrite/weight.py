@@ -20,17 +20,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from ..core import delta, lowrank, sharding
-from ..core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    a_shape,
-    b_shape,
-    is_number,
-    pick,
-    pytree,
-)
+from ..core.adapter import IN, OUT, STACKED, Adapter, a_shape, b_shape, is_number, pick, pytree
 from .registry import Unsupported
 
 Label = tuple[int, int]

@@ -15,12 +15,7 @@ import numpy as np
 
 from ..core.adapter import Adapters
 from ..core.config.lora_config import ALL_LINEAR, LoraConfig
-from ..core.errors import (
-    ConfigError,
-    DataError,
-    TrainingError,
-    raise_all,
-)
+from ..core.errors import ConfigError, DataError, TrainingError, raise_all
 from ..core.extras import require
 from ..core.io import signals
 from ..core.io.atomic_files import Output, claimed

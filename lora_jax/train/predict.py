@@ -12,13 +12,7 @@ import numpy as np
 
 from ..adapters.merge import merge
 from ..core.adapter import Adapters
-from ..core.errors import (
-    ConfigError,
-    DataError,
-    OutputError,
-    TrainingError,
-    raise_all,
-)
+from ..core.errors import ConfigError, DataError, OutputError, TrainingError, raise_all
 from ..core.io.atomic_files import claimed
 from ..core.shown_text import shortened
 from ..models import model_files

@@ -17,12 +17,7 @@ import numpy as np
 
 from ..core.errors import DataError, raise_all
 from ..core.io import lfs_pointers
-from ..core.io.intake import (
-    MIB,
-    open_regular,
-    parse_json,
-    reason,
-)
+from ..core.io.intake import MIB, open_regular, parse_json, reason
 from ..core.shown_text import SHOWN, shortened
 from .data import TextData
 from .texts import Texts, encoded

@@ -109,8 +109,7 @@ def first_rows(texts: Sequence[str]) -> Int[np.ndarray, "n"]:
     columns = np.frombuffer(digests, np.uint64).reshape(n, 2).T
     # Stable, so that of equal ones the first row comes first.
     order = np.lexsort(columns)
-    new = np.ones(n, bool)
-    new[1:] = False
+    new = np.arange(n) == 0
     for column in columns:
         there = column[order]
         new[1:] |= there[1:] != there[:-1]

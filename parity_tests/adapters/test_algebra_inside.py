@@ -10,12 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax import (
-    Adapter,
-    combine,
-    lora,
-    merge,
-)
+from lora_jax import Adapter, combine, lora, merge
 from lora_jax.adapters.combine import CAT, COMBINATIONS
 from lora_jax.core import delta as changes
 

@@ -23,12 +23,7 @@ from lora_jax.adapters.combine import (
 from lora_jax.core.delta import delta
 from lora_jax.core.errors import AdapterError
 from lora_jax.core.initializers import fold_in_path
-from parity_tests.parity.oracle import (
-    UNIT_ROUNDOFF,
-    Vacuous,
-    assert_within_rule,
-    rel_l2,
-)
+from parity_tests.parity.oracle import UNIT_ROUNDOFF, Vacuous, assert_within_rule, rel_l2
 
 U = UNIT_ROUNDOFF["float32"]
 KEY = jax.random.key(7)

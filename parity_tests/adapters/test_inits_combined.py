@@ -12,13 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import (
-    Adapter,
-    LoraConfig,
-    initialise,
-    merge,
-    plan,
-)
+from lora_jax import Adapter, LoraConfig, initialise, merge, plan
 from lora_jax.core import delta, paths
 from lora_jax.core.initializers import changes_base
 

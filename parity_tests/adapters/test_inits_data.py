@@ -25,12 +25,7 @@ from lora_jax import (
 )
 from lora_jax.adapters.inits import activations
 from lora_jax.core.errors import ConfigError, PlanError
-from parity_tests.laws.init_subjects import (
-    KEY,
-    directions,
-    entries,
-    run_corda,
-)
+from parity_tests.laws.init_subjects import KEY, directions, entries, run_corda
 from parity_tests.parity.oracle import rel_l2
 
 NAMES = ("q", "k", "v", "up", "down")

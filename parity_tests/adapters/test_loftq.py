@@ -20,15 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lora_jax import for_changed_base, lora, relative_to, save_pretrained
 from lora_jax.adapters.inits import loftq
 from lora_jax.core.errors import AdapterError
-from parity_tests.laws.init_subjects import (
-    FIELDS,
-    directions,
-    entries,
-    fn,
-    inputs,
-    model,
-    ours,
-)
+from parity_tests.laws.init_subjects import FIELDS, directions, entries, fn, inputs, model, ours
 from parity_tests.parity.oracle import assert_within_rule, rel_l2
 
 

@@ -24,13 +24,7 @@ from lora_jax.parity.verdicts import TensorVerdict, Verdict
 from lora_jax.train import classifier
 from lora_jax.train import predict as predicting
 from parity_tests.models import tiny
-from parity_tests.train.option_runs import (
-    PREFIX,
-    Prepared,
-    argv,
-    rows,
-    write,
-)
+from parity_tests.train.option_runs import PREFIX, Prepared, argv, rows, write
 
 # All alike, so that each operation is compiled once.
 SIZES = dict.fromkeys(("a.q", "a.v", "b.q"), (6, 5))

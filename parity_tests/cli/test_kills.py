@@ -17,12 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import LoraConfig, load_config
-from lora_jax.cli import (
-    CombineOptions,
-    ConvertOptions,
-    combine_files,
-    convert_files,
-)
+from lora_jax.cli import CombineOptions, ConvertOptions, combine_files, convert_files
 from lora_jax.cli.merge import merge_files
 from lora_jax.core.errors import LoraError
 from lora_jax.core.io import journal

@@ -11,12 +11,7 @@ import shutil
 import pytest
 
 from parity_tests.cli import measured
-from parity_tests.cli.test_odd_input import (
-    PLACES,
-    TARGETS,
-    is_clean_output,
-    made,
-)
+from parity_tests.cli.test_odd_input import PLACES, TARGETS, is_clean_output, made
 
 __all__ = ["made"]
 

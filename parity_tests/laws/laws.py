@@ -14,13 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import (
-    LoraConfig,
-    Plan,
-    lora,
-    merge,
-    plan,
-)
+from lora_jax import LoraConfig, Plan, lora, merge, plan
 from lora_jax.core import delta, paths
 from lora_jax.core.config import lora_config
 from lora_jax.core.errors import AdapterError, ConfigError, PlanError

@@ -10,13 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from parity_tests.laws.subjects import (
-    D,
-    F,
-    K,
-    L,
-    Subject,
-)
+from parity_tests.laws.subjects import D, F, K, L, Subject
 
 
 @dataclass(frozen=True)

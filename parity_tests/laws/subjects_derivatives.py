@@ -10,12 +10,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from parity_tests.laws.subjects import (
-    D,
-    E,
-    F,
-    Subject,
-)
+from parity_tests.laws.subjects import D, E, F, Subject
 
 TABLE = np.linspace(0.5, 1.5, F, dtype=np.float32)
 

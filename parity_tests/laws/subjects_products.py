@@ -8,17 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from parity_tests.laws.subjects import (
-    B,
-    D,
-    E,
-    F,
-    H,
-    K,
-    Subject,
-    T,
-    V,
-)
+from parity_tests.laws.subjects import B, D, E, F, H, K, Subject, T, V
 
 C, N, G = 6, 10, 2  # channels, out channels, groups
 IDS = np.random.default_rng(3).integers(0, V, (B, T), np.int32)

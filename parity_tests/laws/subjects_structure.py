@@ -9,16 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from parity_tests.laws.subjects import (
-    B,
-    D,
-    E,
-    F,
-    H,
-    K,
-    L,
-    Subject,
-)
+from parity_tests.laws.subjects import B, D, E, F, H, K, L, Subject
 
 P = PartitionSpec
 

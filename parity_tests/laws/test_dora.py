@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lora_jax import (
-    Adapter,
-    LoraConfig,
-    lora,
-    merge,
-    plan,
-)
+from lora_jax import Adapter, LoraConfig, lora, merge, plan
 from lora_jax.core import delta
 from lora_jax.core.errors import PlanError
 from parity_tests.laws import (

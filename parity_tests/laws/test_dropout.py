@@ -17,12 +17,7 @@ from jax import lax
 
 from lora_jax import Adapter, lora
 from parity_tests.laws import subjects
-from parity_tests.laws.laws import (
-    loss,
-    planned,
-    random_adapters,
-    relative,
-)
+from parity_tests.laws.laws import loss, planned, random_adapters, relative
 from parity_tests.tiers import cases
 
 ROWS, D, RATE = 6, 16, 0.5

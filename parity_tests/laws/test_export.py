@@ -10,12 +10,7 @@ import pytest
 from jax import export
 
 from lora_jax import LoraConfig, alora_mask, lora, plan
-from parity_tests.laws import (
-    laws,
-    subjects,
-    subjects_products,
-    subjects_structure,
-)
+from parity_tests.laws import laws, subjects, subjects_products, subjects_structure
 from parity_tests.laws.laws import relative
 
 # Those whose first axis of the input is no axis of a weight.

@@ -18,12 +18,7 @@ from flax.core import freeze
 
 from lora_jax import linen
 from parity_tests.laws import laws
-from parity_tests.models.model_subjects import (
-    Built,
-    Model,
-    drawn,
-    normal,
-)
+from parity_tests.models.model_subjects import Built, Model, drawn, normal
 from parity_tests.tiers import cases
 
 N, T, D, HEADS, FFN = 3, 4, 6, 2, 10

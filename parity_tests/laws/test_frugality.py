@@ -8,12 +8,7 @@ import pytest
 from jax import lax
 
 from benchmarks.cases import decoder
-from lora_jax import (
-    Adapter,
-    LoraConfig,
-    frugality,
-    plan,
-)
+from lora_jax import Adapter, LoraConfig, frugality, plan
 from lora_jax.core import delta as changes
 from lora_jax.core.errors import AdapterError, PlanError
 from lora_jax.rewrite import RULES

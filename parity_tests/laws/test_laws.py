@@ -19,12 +19,7 @@ from parity_tests.laws import (
     subjects_structure,
 )
 from parity_tests.laws.laws import ALL as LAWS
-from parity_tests.laws.laws import (
-    computed,
-    loss,
-    random_adapters,
-    weight_sizes,
-)
+from parity_tests.laws.laws import computed, loss, random_adapters, weight_sizes
 
 SUBJECTS = [
     *subjects.ALL,

@@ -17,14 +17,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import (
-    Full,
-    LoraConfig,
-    lora,
-    merge,
-    merge_report,
-    plan,
-)
+from lora_jax import Full, LoraConfig, lora, merge, merge_report, plan
 from lora_jax.adapters import arithmetic
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.resize import resize
@@ -32,30 +25,10 @@ from lora_jax.adapters.stack import stack, unstack
 from lora_jax.core import paths
 from lora_jax.core.errors import AdapterError, ConfigError, PlanError
 from lora_jax.optim.optimizers import loraplus
-from parity_tests.laws import (
-    laws,
-    subjects,
-    subjects_products,
-    subjects_structure,
-)
+from parity_tests.laws import laws, subjects, subjects_products, subjects_structure
 from parity_tests.laws.laws import random_adapters, relative
-from parity_tests.laws.subjects import (
-    B,
-    D,
-    E,
-    F,
-    H,
-    K,
-    L,
-    Subject,
-    T,
-)
-from parity_tests.laws.subjects_products import (
-    ROWS,
-    C,
-    G,
-    N,
-)
+from parity_tests.laws.subjects import B, D, E, F, H, K, L, Subject, T
+from parity_tests.laws.subjects_products import ROWS, C, G, N
 from parity_tests.tiers import cases
 
 

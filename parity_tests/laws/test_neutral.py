@@ -11,18 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lora_jax import (
-    Adapter,
-    Full,
-    LoraConfig,
-    Rows,
-    lora,
-    merge,
-    per_example,
-    plan,
-    select,
-    stack,
-)
+from lora_jax import Adapter, Full, LoraConfig, Rows, lora, merge, per_example, plan, select, stack
 from lora_jax.core import paths
 from lora_jax.core.adapter import is_number
 

@@ -12,12 +12,7 @@ import pytest
 
 from lora_jax import lora, merge
 from lora_jax.core import paths, token_rows
-from parity_tests.laws import (
-    laws,
-    subjects,
-    subjects_products,
-    subjects_structure,
-)
+from parity_tests.laws import laws, subjects, subjects_products, subjects_structure
 from parity_tests.laws.laws import relative
 from parity_tests.tiers import cases
 

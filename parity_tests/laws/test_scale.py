@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import (
-    Adapter,
-    lora,
-    merge,
-    rescale,
-)
+from lora_jax import Adapter, lora, merge, rescale
 from lora_jax.core import delta
 from lora_jax.core.adapter import count
 from parity_tests.laws import subjects

@@ -10,13 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lora_jax import (
-    LoraConfig,
-    linen,
-    lora,
-    merge,
-    plan,
-)
+from lora_jax import LoraConfig, linen, lora, merge, plan
 from lora_jax import nnx as lora_nnx
 from lora_jax.core import paths
 from lora_jax.core.errors import AdapterError, LoraError

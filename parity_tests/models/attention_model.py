@@ -12,16 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lora_jax.peft.keys import HALVED
-from parity_tests.models.test_torch_front import (
-    CLASS,
-    TEXT,
-    D,
-    F,
-    H,
-    Model,
-    T,
-    V,
-)
+from parity_tests.models.test_torch_front import CLASS, TEXT, D, F, H, Model, T, V
 
 
 class Block(nn.Module):

@@ -13,13 +13,7 @@ import jax
 import jax.numpy as jnp
 import transformers
 
-from parity_tests.models.model_subjects import (
-    Built,
-    Model,
-    drawn,
-    normal,
-    tokens,
-)
+from parity_tests.models.model_subjects import Built, Model, drawn, normal, tokens
 
 # The same for all, so that what one model compiles op by op serves the next.
 N, T, D, HEADS, FFN, VOCABULARY = 2, 5, 12, 3, 20, 23

@@ -9,13 +9,7 @@ from pathlib import Path
 
 from lora_jax.parity.mutants import MUTANTS
 from lora_jax.parity.mutants.common_tests import common_tests
-from lora_jax.parity.mutants.gate import (
-    clean_runs,
-    compiled_once,
-    gate,
-    gate_checks,
-    to_markdown,
-)
+from lora_jax.parity.mutants.gate import clean_runs, compiled_once, gate, gate_checks, to_markdown
 
 PAGE = Path(__file__).parents[2] / "docs" / "kill-matrix.md"
 

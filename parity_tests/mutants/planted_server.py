@@ -21,14 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from parity_tests.mutants.planted import (
-    FOUND,
-    ROOT,
-    SEED,
-    SURVIVES,
-    Fate,
-    Planted,
-)
+from parity_tests.mutants.planted import FOUND, ROOT, SEED, SURVIVES, Fate, Planted
 
 COPIED = ("lora_jax", "lora_torch_ref", "benchmarks", "parity_tests", "docs", "examples")
 # Without the import hook that checks types, which takes seconds: values must tell.

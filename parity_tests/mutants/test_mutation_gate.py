@@ -9,14 +9,7 @@ import pytest
 from lora_jax.parity.mutants import MUTANTS
 from lora_jax.parity.mutants import gate as mutants
 from lora_jax.parity.mutants.common_tests import common_tests
-from lora_jax.parity.mutants.gate import (
-    Mutant,
-    clean_runs,
-    fate,
-    gate,
-    gate_checks,
-    to_markdown,
-)
+from lora_jax.parity.mutants.gate import Mutant, clean_runs, fate, gate, gate_checks, to_markdown
 from lora_jax.parity.reports.checks import Check
 from lora_jax.parity.verdicts import TensorVerdict, Verdict
 from parity_tests import tiers

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.parity.mutants import MUTANTS
-from parity_tests.mutants.planted import (
-    Planted,
-    Server,
-    clean,
-    distinct,
-)
+from parity_tests.mutants.planted import Planted, Server, clean, distinct
 from parity_tests.mutants.planted_table import PLANTED
 
 BY_NAME = {bug.name: bug for bug in PLANTED}

@@ -19,12 +19,7 @@ from lora_jax.parity.reports.checks import CheckResult
 from lora_jax.parity.reports.differences import Kind, differences
 from lora_jax.parity.reports.markdown import to_markdown
 from lora_jax.parity.reports.page import to_html
-from lora_jax.parity.reports.report import (
-    Report,
-    environment,
-    from_json,
-    to_json,
-)
+from lora_jax.parity.reports.report import Report, environment, from_json, to_json
 from lora_jax.parity.reports.summary import (
     MOST_COLUMNS,
     OTHERS,

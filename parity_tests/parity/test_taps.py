@@ -11,12 +11,7 @@ import torch
 
 from lora_jax.core.errors import ParityError
 from lora_jax.parity import To, tap, trace
-from lora_jax.parity.tracing.taps import (
-    INPUT,
-    OUTPUT,
-    Place,
-    pair,
-)
+from lora_jax.parity.tracing.taps import INPUT, OUTPUT, Place, pair
 from parity_tests.laws.trace_subjects import TORCH, TorchAct, X
 
 

@@ -19,16 +19,7 @@ from lora_jax.models.bert import BertConfig, BertModel
 from lora_jax.models.huggingface import torch_name
 from lora_jax.parity import To, Verdict, tap, trace
 from lora_jax.parity.tracing.taps import INPUT, OUTPUT
-from parity_tests.laws.trace_subjects import (
-    BIASES,
-    FRONTS,
-    KERNELS,
-    LAYERS,
-    TORCH,
-    WIDTH,
-    Act,
-    X,
-)
+from parity_tests.laws.trace_subjects import BIASES, FRONTS, KERNELS, LAYERS, TORCH, WIDTH, Act, X
 from parity_tests.tiers import cases
 
 # Near twins are slow ones: a clean run of each way of tapping, and each bug in two of them.

@@ -41,14 +41,7 @@ from lora_jax import (
 from lora_jax.core.errors import AdapterError
 from lora_jax.core.initializers import changes_base
 from lora_jax.torch.from_torch import from_torch
-from parity_tests.models.test_torch_front import (
-    MODELS,
-    Model,
-    Wide,
-    arrays,
-    check,
-    outputs,
-)
+from parity_tests.models.test_torch_front import MODELS, Model, Wide, arrays, check, outputs
 from parity_tests.parity.oracle import rel_l2
 
 FAMILIES = ("llama", "gpt2", "bert")

@@ -12,13 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import (
-    Adapter,
-    merge,
-    open_adapter,
-    without_dora,
-    write_adapter,
-)
+from lora_jax import Adapter, merge, open_adapter, without_dora, write_adapter
 from lora_jax.adapters.merge import rounding
 from lora_jax.cli.main import main
 from lora_jax.core import delta as changes

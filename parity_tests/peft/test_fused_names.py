@@ -15,25 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import (
-    LoraConfig,
-    load_config,
-    load_pretrained,
-    plan,
-    save_pretrained,
-)
+from lora_jax import LoraConfig, load_config, load_pretrained, plan, save_pretrained
 from lora_jax.core import delta
 from lora_jax.core.adapter import Full
 from lora_jax.core.errors import AdapterError, ConfigError
 from lora_jax.peft.config_json import AdapterFile
 from lora_jax.peft.files import read_weights, write_directory
 from lora_jax.peft.keys import PREFIX
-from lora_jax.peft.names.naming import (
-    Fused,
-    origins,
-    places,
-    torch_name,
-)
+from lora_jax.peft.names.naming import Fused, origins, places, torch_name
 from parity_tests.models.named_models import random_adapters
 
 D, HEAD = 5, 2

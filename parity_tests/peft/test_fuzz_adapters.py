@@ -23,14 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import (
-    LoraConfig,
-    load_config,
-    load_pretrained,
-    open_adapter,
-    plan,
-    save_pretrained,
-)
+from lora_jax import LoraConfig, load_config, load_pretrained, open_adapter, plan, save_pretrained
 from lora_jax.core.config import endless_regexes
 from lora_jax.core.errors import LoraError
 

@@ -30,12 +30,7 @@ from lora_jax import (
 )
 from lora_jax.core.errors import AdapterError, OutputError
 from lora_jax.core.io import network
-from parity_tests.peft.test_strict_files import (
-    CONFIG,
-    WEIGHTS,
-    planned,
-    random_adapters,
-)
+from parity_tests.peft.test_strict_files import CONFIG, WEIGHTS, planned, random_adapters
 
 REPO = "me/ours"
 

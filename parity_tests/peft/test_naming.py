@@ -16,13 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import (
-    LoraConfig,
-    load_config,
-    load_pretrained,
-    plan,
-    save_pretrained,
-)
+from lora_jax import LoraConfig, load_config, load_pretrained, plan, save_pretrained
 from lora_jax.core.errors import AdapterError, ConfigError
 from lora_jax.core.paths import flatten
 from lora_jax.peft.names import naming

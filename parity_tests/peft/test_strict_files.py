@@ -16,14 +16,7 @@ import peft
 import pytest
 import safetensors.numpy
 
-from lora_jax import (
-    LoraConfig,
-    load_config,
-    load_pretrained,
-    open_adapter,
-    plan,
-    save_pretrained,
-)
+from lora_jax import LoraConfig, load_config, load_pretrained, open_adapter, plan, save_pretrained
 from lora_jax.core.config import peft_fields
 from lora_jax.core.errors import AdapterError, ConfigError
 from lora_jax.peft import AdapterFile, LoadReport, config_json, load_adapter_file

@@ -12,12 +12,7 @@ import pytest
 import torch
 
 from lora_jax import Full, LoraConfig, lora, plan
-from lora_jax.optim.optimizers import (
-    adamw,
-    lora_fa,
-    loraplus,
-    riemannian,
-)
+from lora_jax.optim.optimizers import adamw, lora_fa, loraplus, riemannian
 from parity_tests.parity.oracle import assert_within_rule, rel_l2
 from parity_tests.tiers import cases
 

@@ -14,12 +14,7 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 
 from lora_jax import Adapter
 from lora_jax.core.errors import AdapterError
-from lora_jax.optim.optimizers import (
-    freeze,
-    lora_fa,
-    loraplus,
-    riemannian,
-)
+from lora_jax.optim.optimizers import freeze, lora_fa, loraplus, riemannian
 
 
 def pair(a, b, **fields):

@@ -14,15 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ...core import lowrank
-from ...core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    Adapters,
-    b_shape,
-    pick,
-)
+from ...core.adapter import IN, OUT, STACKED, Adapter, Adapters, b_shape, pick
 from ...core.errors import ConfigError, raise_all
 from ...rewrite import LeafPlan, Unsupported
 from ...rewrite.interpret import Record

@@ -13,33 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from ...core import (
-    delta,
-    lowrank,
-    paths,
-    sharding,
-)
-from ...core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Entry,
-    pick,
-)
+from ...core import delta, lowrank, paths, sharding
+from ...core.adapter import IN, OUT, STACKED, Entry, pick
 from ...core.errors import ConfigError, raise_all
-from ...core.initializers import (
-    changes_base,
-    fold_in_path,
-    niter,
-    reads_more,
-)
+from ...core.initializers import changes_base, fold_in_path, niter, reads_more
 from ...rewrite import LeafPlan, Plan
-from . import (
-    activations,
-    gradients,
-    loftq,
-    weights,
-)
+from . import activations, gradients, loftq, weights
 
 # What one method makes: A and B for every adapted leaf, as stacks of matrices.
 # LoftQ adds the quantised base.

@@ -8,14 +8,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from ...core import paths
-from ...core.adapter import (
-    STACKED,
-    Adapter,
-    Adapters,
-    Entry,
-    Full,
-    Rows,
-)
+from ...core.adapter import STACKED, Adapter, Adapters, Entry, Full, Rows
 from ...core.buffers import apart
 from ...core.config.lora_config import rank_and_alpha, scale
 from ...core.errors import AdapterError, raise_all

@@ -9,12 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from ...core import (
-    contractions,
-    delta,
-    flax_layer,
-    lowrank,
-)
+from ...core import contractions, delta, flax_layer, lowrank
 from ...core.adapter import OUT, Adapter
 from ...core.config import lora_config
 from ...rewrite import registry, transform, weight

@@ -7,12 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..verdicts import (
-    TensorVerdict,
-    Vacuous,
-    Verdict,
-    worst,
-)
+from ..verdicts import TensorVerdict, Vacuous, Verdict, worst
 
 LEVELS = {
     0: "exact mode",

@@ -8,12 +8,7 @@ from functools import partial
 from ..reports.checks import Check
 from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, judge
 from . import lora_oracle
-from .cases import (
-    ALPHA,
-    SHAPES,
-    exact_case,
-    random_case,
-)
+from .cases import ALPHA, SHAPES, exact_case, random_case
 from .jax_layers import JAX_SIDES
 
 THEIRS = ("reference", "peft")

@@ -18,12 +18,7 @@ from ...core.adapter import Adapters
 from ...core.errors import ConfigError, raise_all
 from ...core.torch_rng import TorchGenerator
 from ...peft import tensors
-from ...peft.keys import (
-    PREFIX,
-    Names,
-    Slot,
-    slots,
-)
+from ...peft.keys import PREFIX, Names, Slot, slots
 from ...rewrite import Plan
 
 __all__ = ["TorchGenerator", "init_like_peft", "init_like_reference"]

@@ -21,15 +21,7 @@ from ...core.errors import ParityError, raise_all
 from ...rewrite import replay
 from ..sides import jax_side
 from .marks import _mark_of, mark
-from .taps import (
-    INPUT,
-    MASK,
-    OUTPUT,
-    Calls,
-    Place,
-    Shape,
-    largest,
-)
+from .taps import INPUT, MASK, OUTPUT, Calls, Place, Shape, largest
 
 # The calls that a trace looks into. Elsewhere a mark runs a number of times that is not known, or
 # has a derivative that its author wrote.

@@ -13,15 +13,7 @@ import numpy as np
 from ...core.errors import ParityError, raise_all
 from ..sides import torch_side
 from ..sides.torch_side import ModuleFn, named, torch
-from .taps import (
-    INPUT,
-    MASK,
-    OUTPUT,
-    Calls,
-    Place,
-    Shape,
-    largest,
-)
+from .taps import INPUT, MASK, OUTPUT, Calls, Place, Shape, largest
 
 See = Callable[[str, str, int, Any], Any]
 

@@ -9,23 +9,12 @@ from typing import Any
 import numpy as np
 
 from .. import tensors as names
-from ..compare import (
-    AGREEMENT,
-    Comparison,
-    compare,
-    is_floating,
-)
+from ..compare import AGREEMENT, Comparison, compare, is_floating
 from ..sides import jax_side
 from ..tensors import Mapped, To
 from ..verdicts import TensorVerdict, Verdict, worst
 from . import jax_taps
-from .taps import (
-    INPUT,
-    OUTPUT,
-    Pair,
-    Unpaired,
-    pair,
-)
+from .taps import INPUT, OUTPUT, Pair, Unpaired, pair
 
 FORWARD, BACKWARD = "forward", "backward"
 _KEY = "tap:"

@@ -16,12 +16,7 @@ import optax
 
 from ...core.errors import ParityError, raise_all
 from ..sides.torch_side import torch
-from .update_rules import (
-    Adam,
-    RmsProp,
-    Rule,
-    Sgd,
-)
+from .update_rules import Adam, RmsProp, Rule, Sgd
 
 # What PyTorch's settings must be, and what to do where they are not.
 _REFUSED = {

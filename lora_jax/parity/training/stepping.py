@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ParityError, raise_all
 from ..tensors import Tensors
-from ..verdicts import (
-    UNIT_ROUNDOFF,
-    TensorVerdict,
-    judge,
-    norm,
-    rel_l2,
-)
+from ..verdicts import UNIT_ROUNDOFF, TensorVerdict, judge, norm, rel_l2
 from . import update_rules
 
 # Roundings in one step of an optimiser, each tensor's own.

@@ -13,12 +13,7 @@ import safetensors
 
 from ...core.errors import AdapterError
 from ...core.io import lfs_pointers
-from ...core.io.intake import (
-    problem_of,
-    read_bytes,
-    reason,
-    require_regular,
-)
+from ...core.io.intake import problem_of, read_bytes, reason, require_regular
 from ...core.io.journal import settle
 from .. import renamed_families, shards, spellings
 from ..config_json import MLX_FIELD, AdapterFile, parse

@@ -13,12 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ...core import paths
-from ...core.adapter import (
-    STACKED,
-    Adapter,
-    Entry,
-    rank,
-)
+from ...core.adapter import STACKED, Adapter, Entry, rank
 from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import AdapterError, raise_all

@@ -17,23 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...core import paths
-from ...core.adapter import (
-    IN,
-    OUT,
-    STACKED,
-    Adapter,
-    Entry,
-    Full,
-    pick,
-)
+from ...core.adapter import IN, OUT, STACKED, Adapter, Entry, Full, pick
 from ...core.errors import AdapterError, raise_all
 from ...rewrite import LeafPlan, Plan
-from ..names.naming import (
-    Fused,
-    Names,
-    Place,
-    places,
-)
+from ..names.naming import Fused, Names, Place, places
 
 
 @dataclass(frozen=True)

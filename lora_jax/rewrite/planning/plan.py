@@ -15,13 +15,7 @@ from jaxtyping import Array, Key
 from ...core import delta, paths
 from ...core import sharding as placing
 from ...core import token_rows as rows_of
-from ...core.adapter import (
-    IN,
-    OUT,
-    Adapter,
-    Entry,
-    Full,
-)
+from ...core.adapter import IN, OUT, Adapter, Entry, Full
 from ...core.config import lora_config
 from ...core.config.lora_config import LoraConfig
 from ...core.errors import ConfigError, raise_all
@@ -37,12 +31,7 @@ from ...core.initializers import (
 )
 from ..interpret import Record
 from ..trace import is_array, trace
-from . import (
-    left_out,
-    select,
-    survey,
-    token_rows,
-)
+from . import left_out, select, survey, token_rows
 from .given_params import Given
 from .leaf_plan import TRAINED, LeafPlan
 from .table import render, totals

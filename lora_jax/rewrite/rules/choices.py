@@ -19,12 +19,7 @@ from ...core.adapter import IN, OUT, STACKED
 from .. import weight_moves
 from ..interpret import Call, base_of
 from ..registry import Unsupported, rule
-from ..weight import (
-    STACK,
-    LoraWeight,
-    factor_axes,
-    with_letters,
-)
+from ..weight import STACK, LoraWeight, factor_axes, with_letters
 
 
 @rule("select_n")

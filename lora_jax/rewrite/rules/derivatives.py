@@ -20,12 +20,7 @@ from ...core import lowrank
 from ...core.adapter import is_number
 from ...core.errors import PlanError
 from .. import weight as weights
-from ..interpret import (
-    Call,
-    Record,
-    base_of,
-    interpret,
-)
+from ..interpret import Call, Record, base_of, interpret
 from ..registry import Unsupported, rule
 from ..weight import LoraWeight
 

@@ -9,12 +9,7 @@ from ...core.adapter import IN, OUT, STACKED
 from ...core.xla import bf16_dot
 from ..interpret import Call, base_of
 from ..registry import Unsupported, rule
-from ..weight import (
-    LoraWeight,
-    adapter_at,
-    bias_at,
-    gain_at,
-)
+from ..weight import LoraWeight, adapter_at, bias_at, gain_at
 
 
 @rule("dot_general")

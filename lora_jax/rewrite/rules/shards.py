@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from ...core import lowrank
 from ...core.adapter import IN, OUT
+from ...core.sharding import names_of
 from .. import weight_moves
 from ..interpret import Call
 from ..registry import Unsupported, rule
@@ -22,7 +23,7 @@ def local(weight: LoraWeight, arrays: Sequence[Any], spec: PartitionSpec) -> Lor
         (label, name)
         for labels, entry in zip(weight.origin, spec, strict=False)
         for label in labels
-        for name in _names(entry)
+        for name in names_of(entry)
     }
     return replace(with_parts(weight, arrays), shards=weight.shards | parts)
 
@@ -30,7 +31,7 @@ def local(weight: LoraWeight, arrays: Sequence[Any], spec: PartitionSpec) -> Lor
 @rule("all_gather", "all_gather_invariant")
 def all_gather(call: Call, weight: LoraWeight) -> LoraWeight:
     """Join the shards of W, and of A and B where they have the axis that is sharded."""
-    names, axis = _names(call.params["axis_name"]), call.params["all_gather_dimension"]
+    names, axis = names_of(call.params["axis_name"]), call.params["all_gather_dimension"]
     parted = frozenset(label for label, name in weight.shards if name in names)
     rest = frozenset(pair for pair in weight.shards if pair[1] not in names)
     joined = _along if call.params["tiled"] else _stacked
@@ -47,7 +48,7 @@ def _along(call: Call, weight: LoraWeight, axis: int, parted: frozenset[Label]) 
 def _stacked(call: Call, weight: LoraWeight, axis: int, parted: frozenset[Label]) -> LoraWeight:
     """Return the weight with a new axis that counts the shards, a part of the one they are of."""
     around = [eqn.params.get("newly_manual_axes", ()) for eqn in call.record.calls]
-    if not set(_names(call.params["axis_name"])) <= {*frozenset().union(*around)}:
+    if not set(names_of(call.params["axis_name"])) <= {*frozenset().union(*around)}:
         raise Unsupported("it is not known which axis these are the shards of")
     origin = (*weight.origin[:axis], parted, *weight.origin[axis:])
     whole = replace(weight, base=_gathered(call, weight.base, axis), origin=origin)
@@ -64,8 +65,3 @@ def _stacked(call: Call, weight: LoraWeight, axis: int, parted: frozenset[Label]
 
 def _gathered(call: Call, array: Any, axis: int) -> Any:
     return call.eqn.primitive.bind(array, **{**call.params, "all_gather_dimension": axis})
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """Return the axes of a mesh that an entry of a ``PartitionSpec`` names."""
-    return tuple(entry) if isinstance(entry, tuple) else () if entry is None else (entry,)
