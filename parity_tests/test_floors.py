@@ -48,6 +48,7 @@ def loaded(module: str, forbidden: tuple[str, ...]) -> list[str]:
     return ast.literal_eval(out.stdout)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("module", FORBIDDEN)
 def test_imports_stay_on_their_floor(module):
     assert loaded(module, FORBIDDEN[module]) == []
