@@ -171,7 +171,9 @@ def _run(bug: Planted, copy: Path) -> int:
     _draw_otherwise(int(os.environ.get(SEED, 0)))
     tests = [f"parity_tests/{test}" for test in bug.test.split()]
     seen = _Failures()
-    code = int(pytest.main([*OPTIONS, "--rootdir", str(copy), *tests], plugins=[seen]))
+    # Servers that tidy one folder of temporary files disturb each other.
+    places = ["--rootdir", str(copy), "--basetemp", str(copy / "temporary")]
+    code = int(pytest.main([*OPTIONS, *places, *tests], plugins=[seen]))
     # What fails before a test runs, as an import does, is no verdict.
     return BEFORE if code == 1 and not seen.count else code
 

@@ -56,15 +56,23 @@ def batches():
     return [(rng.integers(0, WORDS, BATCH), rng.integers(0, CLASSES, BATCH)) for _ in range(STEPS)]
 
 
+def alike(drawn):
+    """Return a matrix with all singular values √rank, others as they are drawn."""
+    if drawn.ndim == 2:
+        left, _, right = np.linalg.svd(drawn, full_matrices=False)
+        drawn = left @ right * np.sqrt(min(drawn.shape))
+    return drawn.astype(np.float32) / 2
+
+
 def start(dtype):
     """Return the parameters, the plan and adapters with B (and an embedding's A) not zero."""
     torch.manual_seed(0)
     params = {k: v.detach().double().numpy() for k, v in Tiny().state_dict().items()}
     found = plan(fn, jax.tree.map(np.float32, params), LoraConfig(**FIELDS), jnp.zeros(2, int))
     rng = np.random.default_rng(2)
-    drawn = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 2, found.abstract()
-    )
+    # Both preconditioners invert A Aᵀ or Bᵀ B: with all singular values alike, no draw of the
+    # numbers is so near to a lower rank that float32 knows nothing.
+    drawn = jax.tree.map(lambda leaf: alike(rng.normal(size=leaf.shape)), found.abstract())
     for path in found.full:
         drawn[path] = Full(jnp.asarray(params[path], jnp.float32))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, drawn)), found
