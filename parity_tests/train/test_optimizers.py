@@ -57,7 +57,7 @@ def batches():
 
 
 def alike(drawn):
-    """Return a matrix with all singular values √rank, others as they are drawn."""
+    """Return a matrix with all singular values √rank / 2; of other arrays the halves."""
     if drawn.ndim == 2:
         left, _, right = np.linalg.svd(drawn, full_matrices=False)
         drawn = left @ right * np.sqrt(min(drawn.shape))
