@@ -190,6 +190,13 @@ def test_paths_of_one_side_stay():
     close(subtract({"v": one}, {"w": other})["w"], -truth(other))
 
 
+def test_what_a_larger_rank_adds_is_drawn_anew_for_every_path():
+    one = Adapter(jnp.ones((4, 1)), jnp.ones((1, 3)), scale=1.0)
+    grown, _ = resize({"x": one, "y": one}, 3, key=jax.random.key(0))
+    x, y = (np.asarray(grown[path].a[:, 1:]) for path in "xy")
+    assert x.all() and y.all() and not np.any(x == y)
+
+
 def test_names_are_changed_by_mapping_and_by_function():
     one, part = draw("io"), draw("io", columns=(0, 9))
     tree = {"a.kernel": one, "b.kernel[0:9]": part, "c.bias": Full(jnp.ones(2))}

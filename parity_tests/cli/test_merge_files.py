@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,10 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from lora_jax import Adapter, merge_report
+from lora_jax.cli.checkpoint import Checkpoint
 from lora_jax.cli.main import main
+from lora_jax.cli.stored_weights import place
+from lora_jax.peft.module_tensors import LINEAR, LOOKED_UP
 
 # PEFT takes the bias for a weight that was cut.
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
@@ -160,6 +164,26 @@ def test_lora_bias_is_merged_into_the_stored_bias(tiny, capsys):
     save_file({name: v for name, v in stored.items() if name != "q.bias"}, path)
     code, _, err = run(capsys, "merge", *(tiny.root / n for n in ("model", "adapter", "no")))
     assert code == 2 and "q.bias: not in the model, so there is no bias to add lora_bias to" in err
+    save_file(stored | {"q.bias": np.zeros(4, np.float32)}, path)
+    code, _, err = run(capsys, "merge", *(tiny.root / n for n in ("model", "adapter", "no")))
+    assert code == 2 and "q.bias: lora_bias is (5,), the model has F32(4,)" in err
+
+
+def test_a_square_conv1d_lies_as_the_others_of_its_adapter_do():
+    """A Conv1D is stored (in, out), a linear layer (out, in); a square weight does not tell."""
+    pairs = {
+        name: Adapter(jnp.ones((4, 1)), jnp.ones((1, out)), 1.0, axes=LINEAR)
+        for name, out in (("wide", 6), ("square", 4))
+    }
+    for wide, wanted in (((4, 6), LOOKED_UP), ((6, 4), LINEAR)):
+        shapes = {"wide.weight": wide, "square.weight": (4, 4)}
+        model = Checkpoint(Path(), {}, shapes, dict.fromkeys(shapes, "F32"))
+        for transposed in (False, True):
+            placed = place(pairs, model, transposed=transposed)
+            assert {one.axes for one in placed.values()} == {wanted}
+    alone = {"square": pairs["square"]}
+    for transposed, wanted in ((False, LINEAR), (True, LOOKED_UP)):
+        assert place(alone, model, transposed=transposed)["square.weight"].axes == wanted
 
 
 def test_targets_that_the_model_has_not_are_a_note_and_those_it_has_an_error(tiny, capsys):

@@ -228,6 +228,12 @@ def test_plain_lora_in_doras_place_has_the_rank_that_is_asked_for():
     assert errors["w"] < 1e-6
 
 
+def test_plain_lora_in_doras_place_has_the_dtype_of_the_pair():
+    low = replace(pair(magnitude=whole([1.0, 4.0])), a=whole(A, "bfloat16"), b=whole(B, "bfloat16"))
+    plain, _ = without_dora({"w": whole(W)}, {"w": low})
+    assert (plain["w"].a.dtype, plain["w"].b.dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
 # Many adapters
 
 
@@ -347,6 +353,16 @@ def test_rows_of_different_tokens_are_not_compared(tmp_path):
 
     assert said("two") == "emb rows trained, [1, 3] and [1, 4]"
     assert said("three") == "emb rows trained, equal"
+
+
+def test_adapters_that_differ_in_their_scale_alone_differ(tmp_path):
+    for name, alpha in (("one", 2), ("two", 6)):
+        config = LoraConfig(r=1, lora_alpha=alpha, target_modules=["w"], init_lora_weights=False)
+        found = plan(dense, {"w": jnp.eye(2)}, config, jnp.ones((1, 2)))
+        save_pretrained(tmp_path / name, found, found.init(jax.random.key(0)))
+    text = diff_files(DiffOptions(tmp_path / "one", tmp_path / "two"))
+    assert "lora_alpha: 2 and 6" in text
+    assert text.splitlines()[-1].split()[-1] == "2"  # |6 - 2| / 2
 
 
 def test_a_magnitude_that_the_configuration_does_not_know_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from lora_jax.train.data import (
     Tokens,
     balance,
     batches,
+    contradictions,
     drop_duplicates,
     encode,
     load_tokenizer,
@@ -202,6 +203,11 @@ def test_whole_products_stay_whole_and_seeds_differ():
     parts = split(numbered(100), (0.29, 0.58, 0.13))
     assert [len(part.texts) for part in parts] == [29, 58, 13]
     assert split(numbered(100), seed=1)[0].texts != split(numbered(100), seed=2)[0].texts
+
+
+def test_a_text_with_several_labels_counts_once_however_often_it_stands_there():
+    data = TextData(tuple("abaaba"), np.array([0, 0, 1, 2, 0, 1], np.int32), tuple("xyz"))
+    assert contradictions(data) == 1
 
 
 def test_a_class_without_rows_cannot_be_balanced():
