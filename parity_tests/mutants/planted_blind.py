@@ -64,7 +64,7 @@ SECOND = (
             "peft/tensors.py",
             "np.allclose(entry.scale, leaf.scale, rtol=1e-6, atol=0)",
             "np.allclose(entry.scale, leaf.scale, rtol=5e-2, atol=0)",
-            "laws/test_values_by_hand.py::test_no_adapter_of_another_scale_is_saved",
+            "peft/test_files_by_hand.py::test_no_adapter_of_another_scale_is_saved",
         ),
         (
             "names of checkpointed modules are not read",
@@ -88,7 +88,7 @@ SECOND = (
             "peft/names/naming.py",
             'jax.replace(f".{own}", "").replace(f"_{own}", "")',
             'jax.replace(f".{own}", "")',
-            "laws/test_values_by_hand.py::test_a_table_of_numbered_layers_is_that_of_stacked_ones",
+            "peft/test_files_by_hand.py::test_a_table_of_numbered_layers_is_that_of_stacked_ones",
         ),
     ),
     *rows(
@@ -152,7 +152,7 @@ SECOND = (
             "cli/diff.py",
             "if one.indices != other.indices:",
             "if len(one.indices) != len(other.indices):",
-            "laws/test_values_by_hand.py::test_rows_of_different_tokens_are_not_compared",
+            "peft/test_files_by_hand.py::test_rows_of_different_tokens_are_not_compared",
         ),
     ),
     *rows(
@@ -264,7 +264,7 @@ THIRD = (
             "peft/module_tensors.py",
             'if "magnitude" in parts and not dora:',
             'if "magnitude" in parts and dora and not dora:',
-            "laws/test_values_by_hand.py::test_a_magnitude_that_the_configuration_does_not_know_is_refused",
+            "peft/test_files_by_hand.py::test_a_magnitude_that_the_configuration_does_not_know_is_refused",
         ),
         (
             "two rows of a table may give one name",
@@ -335,7 +335,7 @@ THIRD = (
             "cli/combine.py",
             "    _refuse_other_tokens(opened, options.adapters)\n",
             "",
-            "laws/test_values_by_hand.py::test_adapters_of_different_invocations_are_not_combined",
+            "peft/test_files_by_hand.py::test_adapters_of_different_invocations_are_not_combined",
         ),
     ),
     *rows(

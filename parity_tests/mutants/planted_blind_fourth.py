@@ -146,7 +146,7 @@ FOURTH = (
             "cli/diff.py",
             "    same = one.scale == other.scale and all(",
             "    same = all(",
-            "laws/test_values_by_hand.py::test_adapters_that_differ_in_their_scale_alone_differ",
+            "peft/test_files_by_hand.py::test_adapters_that_differ_in_their_scale_alone_differ",
         ),
     ),
     *rows(

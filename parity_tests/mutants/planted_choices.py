@@ -221,7 +221,7 @@ FILES = rows(
         "peft/tensors.py",
         "None if is_finite(tensor) else",
         "None if True else",
-        "laws/test_values_by_hand.py::test_no_value_that_is_not_finite_is_loaded",
+        "peft/test_files_by_hand.py::test_no_value_that_is_not_finite_is_loaded",
     ),
     (
         "an embedding trained in full is written turned",
